@@ -1,0 +1,52 @@
+# Every target sets up what it needs in .venv; nothing else on the machine is touched.
+#   make chat    talk to the built-in demo model (MODEL=folder for a real one)
+#   make test    run the tests
+#   make check   format, lint, types, tests
+#   make fix     format, and mend what the linter can
+#   make bench   measure loading next to mlx-lm
+.PHONY: chat test test-long lint check fix bench clean
+SHELL := /bin/sh
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+chat: .venv/ready
+	@$(BIN)/python -m mixtral_mlx.chat $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: .venv/ready-dev
+	@$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-long: .venv/ready-dev
+	@$(BIN)/python -m pytest -n auto -m long $(ARGS)
+
+lint: .venv/ready-dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+check: lint test
+
+fix: .venv/ready-dev
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: .venv/ready-dev
+	@$(BIN)/python benchmarks/load.py $(ARGS)
+
+clean:
+	@rm -rf .venv
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (macOS: brew install python)." >&2; exit 1; }
+	@echo "Setting up .venv with $(PYTHON) …" >&2
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --upgrade "pip>=25.1" >&2
+
+.venv/ready: pyproject.toml | .venv/bin/python
+	@$(BIN)/python -m pip install -q -e . >&2
+	@touch $@
+
+.venv/ready-dev: pyproject.toml | .venv/bin/python
+	@$(BIN)/python -m pip install -q -e . --group dev >&2
+	@touch $@ .venv/ready
