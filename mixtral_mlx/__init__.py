@@ -1,0 +1,64 @@
+"""Mixtral 8x7B and 8x22B on Apple silicon with MLX.
+
+    config     the numbers that define a Mixtral
+    model      the mathematics
+    memory     how much memory there is
+    weights    folder ↔ model, strictly checked
+    prompt     messages and tools → token ids; generated text → tool calls
+    generate   one prompt → a stream of chunks
+    chat, cli  the terminal
+    convert    checkpoints → our folder format
+    demo       a small trained Mixtral to try everything on
+
+Importing this package imports neither MLX nor mlx-lm; each name below is fetched on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import Config as Config
+    from .config import MixtralError as MixtralError
+    from .generate import Chunk as Chunk
+    from .generate import Conversation as Conversation
+    from .generate import Sampling as Sampling
+    from .generate import Usage as Usage
+    from .generate import stream_generate as stream_generate
+    from .prompt import Message as Message
+    from .prompt import Tokenizer as Tokenizer
+    from .prompt import Tool as Tool
+    from .prompt import ToolCall as ToolCall
+    from .weights import Loaded as Loaded
+    from .weights import load as load
+    from .weights import locate as locate
+
+_HOMES = {
+    "Config": "config",
+    "MixtralError": "config",
+    "Loaded": "weights",
+    "load": "weights",
+    "locate": "weights",
+    "Message": "prompt",
+    "Tool": "prompt",
+    "ToolCall": "prompt",
+    "Tokenizer": "prompt",
+    "Chunk": "generate",
+    "Conversation": "generate",
+    "Sampling": "generate",
+    "Usage": "generate",
+    "stream_generate": "generate",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
