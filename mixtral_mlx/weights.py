@@ -1,0 +1,595 @@
+"""Folder ↔ model: find a checkpoint, check it, load it, write one.
+
+One strict gate stands before any byte is used: file headers are parsed here by the rules of the safetensors format, and
+names and shapes must be exactly those the configuration implies. Then each tensor goes from disk into MLX's own memory
+once. Knows nothing of prompts, and nothing of experts that stay on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import Config, MixtralError, Packing, TensorSpec, read_json
+from .memory import activation_dtype, ram_bytes
+from .model import Model
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_SHARD_BYTES = 5 << 30
+_READERS = 4
+_READ_BYTES = 16 << 20
+_ITEM_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
+_MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+_KINDS = {"F32": "float", "F16": "float", "BF16": "float", "U32": "U32", "U8": "U8"}
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe)\.experts\.(\d+)\.(w[123])\.(weight|scales|biases)")
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_DAMAGED = "The file is damaged or was not fetched whole. Fetch it again."
+
+
+class WeightsError(MixtralError):
+    """A checkpoint that cannot be found, is not what its configuration says, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a tensor's bytes are: `nbytes` from `offset` in `file`, row-major, `dtype` in safetensors' names."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the model and the spans it is made of: one, or an expert each, to be stacked."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spans: tuple[Span, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(span.nbytes for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that passed the gate: its configuration and every tensor the model needs, in the order of use."""
+
+    folder: Path
+    config: Config
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Check `folder` without reading any weights; raises `ConfigError` or `WeightsError`."""
+        config = Config.read(folder)
+        pieces = _by_destination(_spans(folder), config)
+        tensors = tuple(_assemble(name, spec, pieces) for name, spec in _expected(config, pieces).items())
+        if pieces:
+            raise WeightsError(
+                f"{folder} holds {len(pieces)} tensors that its configuration does not imply, such as {min(pieces)}.",
+                code="unexpected_tensor",
+                hint="config.json and the weights are not of the same model.",
+            )
+        return cls(folder, config, tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype the checkpoint computes in: that of its last norm."""
+        return next(_DTYPE_NAMES[tensor.dtype] for tensor in self.tensors if tensor.name == "model.norm.weight")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, with its configuration, the folder it came from and what loading took."""
+
+    model: Model
+    config: Config
+    folder: Path
+    dtype: str
+    weights_bytes: int
+    seconds: float
+
+
+def locate(model: str | Path | None, *, offline: bool = False) -> Path:
+    """The folder of `model`: a path, a Hugging Face repository (fetched unless `offline`), or None for the demo."""
+    if model is None:
+        return Path(__file__).parent / "demo" / "model"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise WeightsError(
+            f"{folder} is a file, expected a folder with a Mixtral checkpoint in it.", code="not_a_folder"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
+        return _from_hub(str(model), offline)
+    raise WeightsError(
+        f"There is no folder {folder}.",
+        code="no_model",
+        hint="Give a checkpoint folder, or a Hugging Face repository such as mistralai/Mixtral-8x7B-Instruct-v0.1.",
+    )
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    on_progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Loaded:
+    """Load a checkpoint folder into memory.
+
+    `dtype` is what to compute in: "bfloat16", "float16", "float32", or "auto" (the checkpoint's own, float16 on M1
+    and M2). Takes our folders, mlx-community's, older unstacked ones and plain Hugging Face ones. `cancelled` is asked
+    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run the model on this thread."""
+    start = time.perf_counter()
+    if mx.default_device() == mx.cpu:
+        mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.nbytes > ram_bytes():
+        raise WeightsError(
+            f"{folder} needs {checkpoint.nbytes / 1e9:.1f} GB of memory for its weights, "
+            f"this machine has {ram_bytes() / 1e9:.1f} GB.",
+            code="too_large",
+            hint="Use a checkpoint quantized to fewer bits.",
+        )
+    target = activation_dtype(dtype, checkpoint.dtype)
+    # Nothing is cast unless another dtype was chosen: a checkpoint may keep some tensors wider on purpose.
+    cast_to = None if target == checkpoint.dtype and dtype == "auto" else target
+    reader = _Reader(checkpoint.nbytes, on_progress, cancelled)
+    arrays = reader.read(checkpoint.tensors, cast_to)
+    model = _build(checkpoint.config, {name for name, _ in arrays})
+    model.load_weights(arrays, strict=True)
+    model.eval()
+    return Loaded(model, checkpoint.config, folder, target, checkpoint.nbytes, time.perf_counter() - start)
+
+
+def save(folder: Path, model: nn.Module, config: Config) -> None:
+    """Write `model` as a checkpoint folder, which appears whole or not at all; raises `WeightsError` if it exists."""
+    if folder.exists():
+        raise WeightsError(f"{folder} exists already.", code="exists", hint="Choose another name or remove it.")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards = list(_shards(dict(tree_flatten(model.parameters()))))
+    weight_map: dict[str, str] = {}
+    for n, shard in enumerate(shards, 1):
+        file = f"model-{n:05}-of-{len(shards):05}.safetensors"
+        mx.save_safetensors(str(partial / file), shard, metadata={"format": "mlx"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(array.nbytes for shard in shards for array in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    for path in [*partial.iterdir(), partial]:
+        _fsync(path)
+    partial.rename(folder)
+    _fsync(folder.parent)
+
+
+def read_header(file: Path, fd: int) -> dict[str, Span]:
+    """Parse a safetensors file's header as strictly as the format is written down; raises `WeightsError`.
+
+    The tensors must cover the file's data exactly, without overlap, hole or trailing bytes."""
+    size = os.fstat(fd).st_size
+    if size < 8:
+        raise _damaged(file, f"is {size} bytes long")
+    (length,) = struct.unpack("<Q", _pread(file, fd, 8, 0))
+    if length > min(_MAX_HEADER_BYTES, size - 8):
+        raise _damaged(file, f"claims a header of {length:,} bytes in a file of {size:,}")
+    try:
+        header = json.loads(_pread(file, fd, length, 8).decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, f"has a header that is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(file, "has a header that is no JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "has metadata that is not text")
+    spans = {name: _span(file, name, entry, start=8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for span in sorted(spans.values(), key=lambda span: (span.offset, span.nbytes)):
+        if span.offset != end:
+            raise _damaged(file, f"has tensors that overlap or leave a hole at byte {min(end, span.offset):,}")
+        end += span.nbytes
+    if end != size:
+        raise _damaged(file, f"is {size:,} bytes long, its tensors end at {end:,}")
+    return spans
+
+
+def _span(file: Path, name: str, entry: Any, *, start: int) -> Span:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, f"describes tensor {name[:80]!r} in no known form")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise _damaged(file, f"has tensor {name[:80]!r} of unknown dtype {str(dtype)[:40]!r}")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or len(shape) > 8:
+        raise _damaged(file, f"has tensor {name[:80]!r} with an impossible shape or position")
+    nbytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise _damaged(
+            file, f"gives tensor {name[:80]!r} {offsets[1] - offsets[0]:,} bytes, its shape needs {nbytes:,}"
+        )
+    return Span(file, dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("a key stands twice")
+    return unique
+
+
+def _spans(folder: Path) -> dict[str, Span]:
+    """Every tensor in the folder's safetensors files, which must be those its index lists, if it has one."""
+    index_file = folder / "model.safetensors.index.json"
+    index = _read_index(index_file) if index_file.exists() else None
+    files = sorted(set(index.values())) if index else _weight_files(folder)
+    spans: dict[str, Span] = {}
+    for name in files:
+        with _Opened(folder / name) as fd:
+            found = read_header(folder / name, fd)
+        if twice := spans.keys() & found.keys():
+            raise WeightsError(f"{folder} holds tensor {min(twice)} twice.", code="duplicate_tensor")
+        spans |= found
+    if index is not None:
+        wrong = {
+            name
+            for name in index.keys() | spans.keys()
+            if name not in spans or spans[name].file.name != index.get(name)
+        }
+        if wrong:
+            raise WeightsError(
+                f"{index_file} and the files it lists disagree about tensor {min(wrong)}.",
+                code="index_mismatch",
+                hint="Fetch index and weights again from one place.",
+            )
+    return spans
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{path} has no weight_map.", code="bad_index", hint=_DAMAGED)
+    for file in weight_map.values():
+        # A plain name only: whatever the index says, nothing outside the folder is opened.
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]{0,250}\.safetensors", file, re.ASCII):
+            raise WeightsError(
+                f"{path} lists the file {str(file)[:80]!r}, expected a plain name ending in .safetensors.",
+                code="bad_index",
+            )
+    return weight_map
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for pattern in ("model*.safetensors", "weights*.safetensors"):
+        if files := sorted(path.name for path in folder.glob(pattern)):
+            return files
+    try:
+        others = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise WeightsError(f"{folder} cannot be read: {error.strerror}.", code="unreadable") from None
+    raise WeightsError(
+        f"{folder} holds no model*.safetensors (found: {', '.join(others[:6]) or 'nothing'}).",
+        code="no_weights",
+        hint="Only safetensors checkpoints in the Hugging Face or MLX layout can be loaded.",
+    )
+
+
+_Pieces = dict[str, dict[int | None, Span]]
+"""Tensor name → its spans by expert, or by None where the tensor lies in one piece."""
+
+
+def _by_destination(spans: dict[str, Span], config: Config) -> _Pieces:
+    pieces: _Pieces = {}
+    for name, span in spans.items():
+        if name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name.startswith("lm_head.")):
+            continue  # Old checkpoints store what the configuration already says.
+        expert = None
+        if match := _EXPERT.fullmatch(name):
+            moe, number, matrix, part = match.groups()
+            name, expert = f"{moe}.switch_mlp.{_PROJECTIONS[matrix]}.{part}", int(number[:9])
+        pieces.setdefault(name, {})[expert] = span
+    return pieces
+
+
+def _expected(config: Config, pieces: _Pieces) -> dict[str, TensorSpec]:
+    return config.tensors(has_scales=lambda path: f"{path}.scales" in pieces)
+
+
+def _assemble(name: str, spec: TensorSpec, pieces: _Pieces) -> Tensor:
+    """Take from `pieces` what makes up tensor `name`, which must be exactly what `spec` asks for."""
+    found = pieces.pop(name, None)
+    if found is None:
+        raise WeightsError(
+            f"Tensor {name} is missing.",
+            code="missing_tensor",
+            hint="Some of the checkpoint's files are missing, or config.json is of another model.",
+        )
+    stacked = None not in found
+    wanted = list(range(spec.shape[0])) if stacked else [None]
+    if sorted(found, key=str) != sorted(wanted, key=str):
+        raise WeightsError(
+            f"Tensor {name} should have {len(wanted)} experts, found {len(found)}.", code="missing_tensor"
+        )
+    spans = tuple(found[key] for key in wanted)
+    shape, dtype = spec.shape[1:] if stacked else spec.shape, spans[0].dtype
+    for span in spans:
+        if span.shape != shape or span.dtype != dtype or _KINDS.get(dtype) != spec.kind:
+            raise WeightsError(
+                f"Tensor {name} in {span.file.name} is {span.dtype} {list(span.shape)}, "
+                f"expected {spec.kind} {list(shape)}.",
+                code="wrong_shape",
+                hint="config.json and the weights are not of the same model.",
+            )
+    return Tensor(name, spec.shape, dtype, spans)
+
+
+class _Reader:
+    """Reads tensors into MLX arrays from several threads, telling how far it is. Arrays are made on one thread only."""
+
+    def __init__(self, total: int, on_progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
+        self.total = total
+        self.on_progress = on_progress or (lambda done, total: None)
+        self.cancelled = cancelled or (lambda: False)
+        self.done = 0
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+
+    def read(self, tensors: Sequence[Tensor], dtype: str | None) -> list[tuple[str, mx.array]]:
+        """Every tensor by name; floats as `dtype`, or as they are in the file."""
+        arrays = []
+        with ExitStack() as opened, ThreadPoolExecutor(_READERS) as pool:
+            files = sorted({span.file for tensor in tensors for span in tensor.spans})
+            fds = {file: opened.enter_context(_Opened(file)) for file in files}
+            pending: list[Future[None]] = []
+            try:
+                for tensor, array in _allocated(tensors, dtype):
+                    if array.dtype == _MLX_DTYPES[tensor.dtype]:
+                        pending += self._submit(pool, fds, tensor.spans, _bytes_of(array))
+                    else:
+                        self._read_cast(pool, fds, tensor, array)
+                    arrays.append((tensor.name, array))
+                    self._report()
+                self._finish(pending)
+            except BaseException:
+                self.stopped.set()
+                raise
+        return arrays
+
+    def _read_cast(self, pool: ThreadPoolExecutor, fds: dict[Path, int], tensor: Tensor, array: mx.array) -> None:
+        """A span at a time, so that no more than one is ever held twice."""
+        view = _bytes_of(array)
+        size = view.nbytes // len(tensor.spans)
+        for n, span in enumerate(tensor.spans):
+            scratch = mx.zeros(span.shape, _MLX_DTYPES[span.dtype])
+            mx.eval(scratch)
+            self._finish(self._submit(pool, fds, (span,), _bytes_of(scratch)))
+            converted = scratch.astype(array.dtype)
+            mx.eval(converted)
+            view[n * size : (n + 1) * size] = _bytes_of(converted)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, fds: dict[Path, int], spans: tuple[Span, ...], view: memoryview
+    ) -> Iterator[Future[None]]:
+        start = 0
+        for span in spans:
+            for at in range(0, span.nbytes, _READ_BYTES):
+                end = min(at + _READ_BYTES, span.nbytes)
+                part = view[start + at : start + end]
+                yield pool.submit(self._read_part, span.file, fds[span.file], part, span.offset + at)
+            start += span.nbytes
+
+    def _read_part(self, file: Path, fd: int, part: memoryview, offset: int) -> None:
+        if self.stopped.is_set():
+            return
+        read_into(file, fd, part, offset)
+        with self.lock:
+            self.done += part.nbytes
+
+    def _finish(self, pending: Iterable[Future[None]]) -> None:
+        left = set(pending)
+        while left:
+            finished, left = wait(left, timeout=0.1)
+            for future in finished:
+                future.result()
+            self._report()
+
+    def _report(self) -> None:
+        if self.cancelled():
+            raise WeightsError("Loading was cancelled.", code="cancelled")
+        self.on_progress(self.done, self.total)
+
+
+def read_into(file: Path, fd: int, view: memoryview, offset: int) -> None:
+    """Fill `view` from `offset` of an open file; raises `WeightsError` naming the file when it cannot."""
+    while view:
+        try:
+            count = os.preadv(fd, [view], offset)
+        except OSError as error:
+            raise WeightsError(f"{file} cannot be read: {error.strerror}.", code="read_failed") from None
+        if count == 0:
+            raise WeightsError(f"{file} became shorter while it was read.", code="read_failed", hint=_DAMAGED)
+        view, offset = view[count:], offset + count
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    """The memory of an evaluated array, writable where it is."""
+    return memoryview(cast(Any, array)).cast("B")
+
+
+def _allocated(tensors: Sequence[Tensor], dtype: str | None) -> Iterator[tuple[Tensor, mx.array]]:
+    """Each tensor with an evaluated array for it; the next two are being made meanwhile.
+
+    First touch of memory takes as long as reading into it, so it is shared between cores as well."""
+    streams = _allocation_streams()
+    ahead: deque[tuple[Tensor, mx.array]] = deque()
+    for n, tensor in enumerate(tensors):
+        convert = dtype and _KINDS[tensor.dtype] == "float"
+        target = getattr(mx, dtype) if dtype and convert else _MLX_DTYPES[tensor.dtype]
+        array = mx.zeros(tensor.shape, target, stream=streams[n % 2])
+        mx.async_eval(array)
+        ahead.append((tensor, array))
+        if len(ahead) > 2:
+            yield _evaluated(*ahead.popleft())
+    while ahead:
+        yield _evaluated(*ahead.popleft())
+
+
+def _evaluated(tensor: Tensor, array: mx.array) -> tuple[Tensor, mx.array]:
+    mx.eval(array)
+    return tensor, array
+
+
+@cache
+def _allocation_streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
+    # Made once: MLX keeps a thread for every stream, for good.
+    return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
+
+
+def _build(config: Config, names: set[str]) -> Model:
+    """The model with its modules quantized as the checkpoint's are. Its own weights stay unevaluated."""
+    model = Model(config)
+
+    def packing_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        packing: Packing | None = config.packing(path, lambda path: f"{path}.scales" in names)
+        return dict(vars(packing)) if packing else False
+
+    if config.quantization:
+        nn.quantize(model, class_predicate=packing_of)
+    return model
+
+
+def _shards(arrays: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
+    shard: dict[str, mx.array] = {}
+    size = 0
+    for name, array in arrays.items():
+        if shard and size + array.nbytes > _MAX_SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+class _Opened:
+    """A file open for reading, as a descriptor; refuses what is not a regular file before opening it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> int:
+        try:
+            # Not blocking, so that a pipe with a weight file's name cannot hang the load.
+            self.fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            code = "missing_file" if error.errno == errno.ENOENT else "unreadable"
+            raise WeightsError(f"{self.file} cannot be opened: {error.strerror}.", code=code, hint=_DAMAGED) from None
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            os.close(self.fd)
+            raise WeightsError(f"{self.file} is not a regular file.", code="unreadable")
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def _pread(file: Path, fd: int, size: int, offset: int) -> bytes:
+    buffer = bytearray(size)
+    read_into(file, fd, memoryview(buffer), offset)
+    return bytes(buffer)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _damaged(file: Path, what: str) -> WeightsError:
+    return WeightsError(f"{file} {what}.", code="bad_safetensors", hint=_DAMAGED)
+
+
+def _from_hub(repository: str, offline: bool) -> Path:
+    """The repository's files in the Hugging Face cache, fetched first unless `offline`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    wanted = [
+        "config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.*",
+        "*tokenizer*.model*",
+    ]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=offline))
+    except GatedRepoError:
+        found, hint = (
+            "asks for its licence to be accepted",
+            "Accept it on huggingface.co, then run: hf auth login",
+        )
+    except RepositoryNotFoundError:
+        found, hint = "does not exist, or not for you", "Check the name; for a private one run: hf auth login"
+    except LocalEntryNotFoundError:
+        found = "is not on this machine" + (
+            ", and --offline forbids fetching it" if offline else " and the hub cannot be reached"
+        )
+        hint = "Fetch it once with a network, or give a folder."
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        found, hint = (
+            f"could not be fetched ({str(error).splitlines()[0][:120]})",
+            "Try again; what is there is kept.",
+        )
+    raise WeightsError(
+        f"{repository} is not a folder here, and on Hugging Face it {found}.", code="no_model", hint=hint
+    )
