@@ -1,0 +1,421 @@
+"""One prompt → a stream of chunks, plainly: read the prompt, then sample token after token.
+
+The readable path, which cleverer ones are tested against. Samplers, penalties and caches are mlx-lm's. Several prompts
+at once, queues and threads are left to others; use a model on the thread that loaded it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+
+from .config import MixtralError
+from .memory import file_limit_kept
+
+with file_limit_kept():
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .prompt import Tokenizer
+
+_CHUNK_TOKENS = 2048
+_CLEAR_CACHE_EVERY = 256
+
+
+class GenerateError(MixtralError):
+    """A request that cannot be generated: impossible settings, or a prompt that is empty or too long."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens and when to stop. A `temperature` of 0 takes the likeliest token each time.
+
+    The three penalties look back over the last 20 tokens, as mlx-lm's do. `max_tokens` of None means up to the end of
+    the context. Raises `GenerateError` for values that cannot be."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # Also refuses NaN.
+                raise _impossible(name, value, f"from {low:g} to {high:g}")
+        if self.repetition_penalty == 0:
+            raise _impossible("repetition_penalty", 0, "above 0")
+        if not all(self.stop):
+            raise _impossible("stop", "''", "text of at least one character")
+        if not all(token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias.items()):
+            raise _impossible("logit_bias", dict(self.logit_bias), "token ids with finite numbers")
+
+
+_RANGES = (
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", 0, 1 << 20),
+    ("min_p", 0, 1),
+    ("seed", 0, (1 << 64) - 1),
+    ("repetition_penalty", 0, 100),
+    ("presence_penalty", -100, 100),
+    ("frequency_penalty", -100, 100),
+    ("max_tokens", 1, 1 << 31),
+    ("top_logprobs", 0, 100),
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens so far and the time they took. `cached_tokens` of the prompt were still in the cache from before."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    prompt_seconds: float
+    generation_seconds: float
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens read per second."""
+        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def generation_tps(self) -> float:
+        """Tokens generated per second after the first, whose time is the prompt's."""
+        return max(self.completion_tokens - 1, 0) / max(self.generation_seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step brought. `text` may be empty while a character or a stop string is incomplete.
+
+    The last chunk, and only it, has a `finish_reason`: "stop" (the model ended, or a stop string came), "length"
+    (`max_tokens` or the context is used up) or "cancelled" (then `token` is None). `token` may be the end token."""
+
+    text: str
+    token: int | None
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish_reason: str | None
+    usage: Usage
+
+
+class Conversation:
+    """A KV cache and the ids in it, for consecutive prompts: what a new one has in common is not read again.
+
+    `kv_bits` (4 or 8) quantizes the cache. `context` is the most tokens it may hold; the model's own limit if None."""
+
+    def __init__(self, model: Model, *, kv_bits: int | None = None, context: int | None = None) -> None:
+        longest = model.args.max_position_embeddings
+        if kv_bits not in (None, 4, 8):
+            raise _impossible("kv_bits", kv_bits, "4 or 8")
+        if context is not None and not 2 <= context <= longest:
+            raise _impossible("context", context, f"from 2 to {longest}, what this model was made for")
+        self.model = model
+        self.kv_bits = kv_bits
+        self.context = context or longest
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        config = self.model.args
+        self.tokens: list[int] = []
+        self.cache: list[Any] = [KVCache() for _ in range(config.num_hidden_layers)]
+        if self.kv_bits:
+            group = 64 if config.head_dim % 64 == 0 else 32
+            self.cache = [QuantizedKVCache(group, self.kv_bits) for _ in self.cache]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the cache takes."""
+        return sum(layer.nbytes for layer in self.cache)
+
+    def resume(self, prompt: Sequence[int]) -> int:
+        """Keep the longest common beginning with `prompt`, less its last token; returns its length in tokens."""
+        # An interrupted step may have reached some layers only.
+        keep = min([len(prompt) - 1, *(layer.offset for layer in self.cache)])
+        for n, (held, token) in enumerate(zip(self.tokens, prompt, strict=False)):
+            if held != token:
+                keep = min(keep, n)
+                break
+        keep = min(keep, len(self.tokens))
+        for layer in self.cache:
+            layer.trim(layer.offset - keep)
+        del self.tokens[keep:]
+        return keep
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: Sampling = Sampling(),
+    *,
+    conversation: Conversation | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Iterator[Chunk]:
+    """Continue the ids `prompt`, yielding a `Chunk` per token as it comes.
+
+    The prompt is read in chunks of 2048 tokens; `on_prompt(done, total)` is called after each. `cancelled` is asked
+    between chunks and between tokens. Dropping the iterator stops as well. Raises `GenerateError` at once."""
+    conversation = conversation or Conversation(model)
+    if not prompt:
+        raise GenerateError("The prompt is empty.", code="empty_prompt", hint="Give at least one token.")
+    if wrong := [token for token in prompt if not 0 <= token < model.args.vocab_size]:
+        raise GenerateError(
+            f"The prompt holds id {wrong[0]}, expected ids from 0 to {model.args.vocab_size - 1}.",
+            code="bad_token",
+        )
+    room = conversation.context - len(prompt)
+    if room < 1:
+        raise GenerateError(
+            f"The prompt is {len(prompt):,} tokens long and the context holds {conversation.context:,}.",
+            code="context_full",
+            hint="Shorten the prompt, or drop the oldest turns.",
+        )
+    limit = min(room, sampling.max_tokens or room)
+    return _chunks(
+        model,
+        tokenizer,
+        list(prompt),
+        sampling,
+        limit,
+        conversation,
+        on_prompt or _ignore,
+        cancelled or _never,
+    )
+
+
+def _chunks(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    sampling: Sampling,
+    limit: int,
+    conversation: Conversation,
+    on_prompt: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> Iterator[Chunk]:
+    clock = _Clock(len(prompt), conversation.resume(prompt))
+    end_tokens = () if sampling.ignore_eos else {*model.args.eos_token_ids, tokenizer.eos_id}
+    detokenizer = tokenizer.detokenizer(prompt)
+    stops = StopStrings(sampling.stop)
+    count = 0
+    for step in _steps(model, prompt, sampling, limit, conversation, on_prompt, cancelled):
+        clock.tick()
+        count += 1
+        ended = step.token in end_tokens
+        text = stops.feed(detokenizer.finish() if ended else detokenizer.add(step.token))
+        reason = "stop" if ended or stops.hit else "length" if count == limit else None
+        if reason == "length":
+            text += stops.feed(detokenizer.finish())
+            reason = "stop" if stops.hit else reason
+        if reason:
+            text += stops.rest()
+        yield Chunk(text, step.token, step.logprob, step.top_logprobs, reason, clock.usage(count))
+        if reason:
+            return
+    yield Chunk(stops.feed(detokenizer.finish()) + stops.rest(), None, None, (), "cancelled", clock.usage(count))
+
+
+@dataclass(frozen=True)
+class _Step:
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+
+
+def _steps(
+    model: Model,
+    prompt: list[int],
+    sampling: Sampling,
+    limit: int,
+    conversation: Conversation,
+    on_prompt: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> Iterator[_Step]:
+    """Up to `limit` tokens after `prompt`; fewer when cancelled."""
+    sampler = _Sampler(sampling, prompt, model.args.vocab_size)
+    try:
+        if not _read_prompt(model, prompt, conversation, on_prompt, cancelled):
+            return
+        current = sampler.sample(model(mx.array([prompt[-1:]]), conversation.cache))
+        mx.async_eval(current)
+        conversation.tokens = list(prompt)
+        for n in range(1, limit + 1):
+            # The next step is under way while this one's token is looked at.
+            following = None
+            if n < limit:
+                following = sampler.sample(model(current[0][None], conversation.cache))
+                mx.async_eval(following)
+            step = _step(current)
+            if following is not None:
+                conversation.tokens.append(step.token)
+            if n == 1:
+                on_prompt(len(prompt), len(prompt))
+            if cancelled():
+                return
+            yield step
+            if following is None:
+                return
+            current = following
+            if n % _CLEAR_CACHE_EVERY == 0:
+                mx.clear_cache()
+    except (RuntimeError, MemoryError):
+        conversation.clear()  # What the cache holds is unknown now.
+        raise
+
+
+def _read_prompt(
+    model: Model,
+    prompt: list[int],
+    conversation: Conversation,
+    on_prompt: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> bool:
+    """Bring all of `prompt` but its last token into the cache; False when cancelled."""
+    done = len(conversation.tokens)
+    on_prompt(done, len(prompt))
+    while done < len(prompt) - 1:
+        if cancelled():
+            return False
+        chunk = prompt[done : min(done + _CHUNK_TOKENS, len(prompt) - 1)]
+        model(mx.array([chunk]), conversation.cache)
+        # Only the cache is asked for, so the chunk's logits are never computed.
+        mx.eval([layer.state for layer in conversation.cache])
+        done += len(chunk)
+        conversation.tokens = prompt[:done]
+        on_prompt(done, len(prompt))
+        mx.clear_cache()
+    return not cancelled()
+
+
+_Sampled = tuple[mx.array, ...]
+"""Token (1,), its logprob (1,), and where asked for the ids and logprobs of the likeliest (K,)."""
+
+
+class _Sampler:
+    """Logits of one step → the next token, on the device, without waiting for it."""
+
+    def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int) -> None:
+        self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        self.drawn = 0
+        self.num_top = min(sampling.top_logprobs, vocab_size - 1)
+        self.choose = make_sampler(
+            temp=sampling.temperature,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,
+        )
+        self.processors = make_logits_processors(
+            logit_bias={token: bias for token, bias in sampling.logit_bias.items() if token < vocab_size},
+            repetition_penalty=sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+            presence_penalty=sampling.presence_penalty or None,
+            frequency_penalty=sampling.frequency_penalty or None,
+        )
+        self.tokens = mx.array(prompt)
+
+    def sample(self, logits: mx.array) -> _Sampled:
+        logits = logits[:, -1, :].astype(mx.float32)  # (1, V)
+        for process in self.processors:
+            logits = process(self.tokens, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        # Seeding each draw by its place makes a text depend on its seed alone, whatever else draws in between.
+        mx.random.seed((self.seed + self.drawn * 0x9E3779B97F4A7C15) % (1 << 64))
+        self.drawn += 1
+        token = self.choose(logprobs)  # (1,)
+        if self.processors:
+            self.tokens = mx.concatenate([self.tokens, token])
+        chosen = mx.take_along_axis(logprobs[0], token, axis=0)
+        if not self.num_top:
+            return token, chosen
+        top = mx.argsort(-logprobs[0])[: self.num_top]
+        return token, chosen, top, logprobs[0][top]
+
+
+def _step(sampled: _Sampled) -> _Step:
+    """Wait for a step's arrays and take them to Python."""
+    token, logprob, *top = (cast(list[Any], array.tolist()) for array in sampled)
+    return _Step(token[0], logprob[0], tuple(zip(*top, strict=True)))
+
+
+class StopStrings:
+    """Ends a text exactly where the first of several strings begins, however it is cut into parts."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        """Add `text`; returns what can be shown for certain. After a stop string, nothing more."""
+        if self.hit:
+            return ""
+        self.held += text
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.hit = True
+            shown, self.held = self.held[: min(found)], ""
+            return shown
+        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
+
+    def rest(self) -> str:
+        """What was held back, when the text has ended and no stop string came of it."""
+        rest, self.held = self.held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class _Clock:
+    """Divides the time of a request into reading the prompt and generating."""
+
+    def __init__(self, prompt_tokens: int, cached_tokens: int) -> None:
+        self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
+        self.start = time.perf_counter()
+        self.first: float | None = None
+
+    def tick(self) -> None:
+        if self.first is None:
+            self.first = time.perf_counter()
+
+    def usage(self, completion_tokens: int) -> Usage:
+        now = time.perf_counter()
+        first = now if self.first is None else self.first
+        return Usage(self.prompt_tokens, self.cached_tokens, completion_tokens, first - self.start, now - first)
+
+
+def _impossible(name: str, value: object, expected: str) -> GenerateError:
+    return GenerateError(f"{name} is {value}, expected {expected}.", code="bad_sampling")
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
