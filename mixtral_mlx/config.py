@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,7 +26,8 @@ _LIMITS = {
     "num_local_experts": 256,
     "num_experts_per_tok": 256,
 }
-_MAX_JSON_BYTES = 64 << 20
+_MAX_JSON_BYTES = 4 << 20
+_MAX_JSON_PARTS = 100_000
 _FLOAT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MODES = {  # quantization mode: allowed bits, allowed group sizes
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
@@ -32,7 +35,15 @@ _MODES = {  # quantization mode: allowed bits, allowed group sizes
     "nvfp4": ((4,), (16,)),
     "mxfp8": ((8,), (32,)),
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ROPE_NEEDS = {  # rope type: the numbers it must have, and may have
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (("factor",), ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+}
 
 
 class MixtralError(Exception):
@@ -99,7 +110,7 @@ class Quantization:
         overrides: dict[str, Packing | None] = {}
         for path, value in entry.items():
             if isinstance(value, Mapping):
-                overrides[path] = _packing({"mode": default.mode, **value}, f"quantization of {path}")
+                overrides[path] = _packing({"mode": default.mode, **value}, f"quantization of {shown(path)}")
             elif value is True:
                 overrides[path] = default
             elif value is False:
@@ -142,9 +153,9 @@ class Config:
     def read(cls, folder: str | Path) -> Config:
         """Read `config.json`, or Mistral's `params.json`, of a checkpoint folder; raises `ConfigError`."""
         folder = Path(folder)
-        if (folder / "config.json").exists():
+        if exists(folder / "config.json"):
             return cls.from_dict(read_json(folder / "config.json"), source=str(folder / "config.json"))
-        if (folder / "params.json").exists():
+        if exists(folder / "params.json"):
             return cls.from_params(read_json(folder / "params.json"), source=str(folder / "params.json"))
         raise ConfigError(
             f"{folder} holds no config.json and no params.json.",
@@ -156,7 +167,9 @@ class Config:
     def from_dict(cls, raw: Mapping[str, Any], *, source: str = "config.json") -> Config:
         """Build from Hugging Face `config.json` data, either generation; raises `ConfigError`."""
         fields = _Fields(raw, source)
-        fields.require_mixtral()
+        fields.require("model_type", "mixtral", code="not_mixtral")
+        if raw.get("hidden_act") is not None:
+            fields.require("hidden_act", "silu")
         rope = raw.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
             raise fields.error("rope_parameters", rope, "an object")
@@ -172,7 +185,7 @@ class Config:
             num_local_experts=fields.size("num_local_experts"),
             num_experts_per_tok=fields.size("num_experts_per_tok"),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-5, below=1.0),
-            rope_theta=_Fields({**rope, **_without_none(raw)}, source).number("rope_theta", 1e6, below=1e12),
+            rope_theta=_Fields({**rope, **_without_none(raw)}, source).number("rope_theta", 1e6, above=1.0, below=1e12),
             rope_scaling=fields.rope_scaling(raw.get("rope_scaling") or rope),
             sliding_window=fields.optional_count("sliding_window"),
             max_position_embeddings=fields.optional_count("max_position_embeddings") or 32768,
@@ -205,7 +218,7 @@ class Config:
             renamed |= {"num_local_experts": moe.get("num_experts"), **_without_none(dict(moe))}
         # The hub's params.json holds the window as a string.
         window = raw.get("sliding_window")
-        if isinstance(window, str) and window.isdecimal():
+        if isinstance(window, str) and window.isdecimal() and len(window) < 10:
             renamed["sliding_window"] = int(window)
         return cls.from_dict({"model_type": "mixtral", **renamed}, source=source)
 
@@ -340,13 +353,40 @@ def read_json(path: Path) -> Any:
             raise ConfigError(f"{path} is not a regular file.", code="bad_json")
         if info.st_size > _MAX_JSON_BYTES:
             raise ConfigError(f"{path} is {info.st_size:,} bytes, too large for a JSON file.", code="bad_json")
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
         raise ConfigError(
             f"{path} is not valid JSON ({error}).", code="bad_json", hint="Fetch the file again."
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", code="unreadable") from None
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """`json.loads` for what may be hostile: raises `ValueError` for all that is no JSON or would take seconds."""
+    if text.count("[") + text.count("{") > _MAX_JSON_PARTS:
+        raise ValueError("it has too many parts")
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file; true also where it cannot be told, so that opening it says why."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a message: short, however long or deep it is, and free of control characters."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 100
 
 
 class _Fields:
@@ -359,19 +399,18 @@ class _Fields:
         self.source = source
 
     def error(self, name: str, found: Any, expected: str) -> ConfigError:
-        shown = "nothing" if found is None else repr(found)[:60]
         return ConfigError(
-            f"{self.source} has {shown} for `{name}`, expected {expected}.",
+            f"{self.source} has {'nothing' if found is None else shown(found)} for `{name}`, expected {expected}.",
             code="bad_config",
             hint=_NOT_MIXTRAL,
         )
 
-    def require_mixtral(self) -> None:
-        found = self.raw.get("model_type")
-        if found != "mixtral":
+    def require(self, name: str, expected: str, *, code: str = "bad_config") -> None:
+        found = self.raw.get(name)
+        if found != expected:
             raise ConfigError(
-                f"{self.source} says model_type {found!r}, expected 'mixtral'.",
-                code="not_mixtral",
+                f"{self.source} says {name} {shown(found)}, expected {expected!r}.",
+                code=code,
                 hint=_NOT_MIXTRAL,
             )
 
@@ -385,24 +424,24 @@ class _Fields:
         value = self.raw.get(name)
         if value is None:
             return None
-        if not _is_int(value) or not 1 <= value <= 1 << 31:
-            raise self.error(name, value, "a positive whole number")
+        if not _is_int(value) or not 1 <= value <= 1 << 30:  # Two of them still add up in 32 bits.
+            raise self.error(name, value, f"a whole number from 1 to {1 << 30:,}")
         return int(value)
 
     def head_dim(self, hidden: int, heads: int) -> int:
         value = self.raw.get("head_dim")
         if value is None and hidden % heads == 0:
             value = hidden // heads
-        if not _is_int(value) or not 1 <= value <= 1024:
-            raise self.error("head_dim", value, f"a whole number from 1 to 1,024 ({hidden} wide, {heads} heads)")
+        if not _is_int(value) or not 4 <= value <= 1024:
+            raise self.error("head_dim", value, f"a whole number from 4 to 1,024 ({hidden} wide, {heads} heads)")
         return int(value)
 
-    def number(self, name: str, default: float, *, below: float) -> float:
+    def number(self, name: str, default: float, *, above: float = 0.0, below: float) -> float:
         value = self.raw.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < below:
-            raise self.error(name, value, f"a number between 0 and {below:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
+            raise self.error(name, value, f"a number between {above:g} and {below:g}")
         return float(value)
 
     def flag(self, name: str) -> bool:
@@ -422,7 +461,7 @@ class _Fields:
 
     def dtype(self) -> str:
         value = self.raw.get("torch_dtype") or self.raw.get("dtype") or "bfloat16"
-        name = str(value).removeprefix("torch.")
+        name = value.removeprefix("torch.") if isinstance(value, str) else ""
         if name not in _FLOAT_BYTES:
             raise self.error("torch_dtype", value, " or ".join(_FLOAT_BYTES))
         return name
@@ -430,18 +469,29 @@ class _Fields:
     def rope_scaling(self, value: Any) -> Mapping[str, Any] | None:
         if not isinstance(value, Mapping):
             raise self.error("rope_scaling", value, "an object")
-        kind = value.get("rope_type") or value.get("type") or "default"
-        if kind not in _ROPE_TYPES:
-            raise self.error("rope_scaling", kind, "one of " + ", ".join(_ROPE_TYPES))
-        for key, entry in value.items():
-            entries = entry if isinstance(entry, list) else [entry]
-            numeric = key not in ("type", "rope_type")
-            if numeric and not all(isinstance(e, int | float) and math.isfinite(e) and e >= 0 for e in entries):
-                raise self.error(f"rope_scaling.{key}", entry, "finite numbers, not below 0")
-        missing = [key for key in _ROPE_NEEDS.get(kind, ()) if not value.get(key)]
-        if missing:
-            raise self.error(f"rope_scaling.{missing[0]}", value.get(missing[0]), f"a value, for `{kind}` scaling")
-        return None if kind == "default" else dict(value)
+        value = _without_none(value)
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind == "default":
+            return None
+        if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+            raise self.error("rope_scaling.rope_type", kind, "one of default, " + ", ".join(_ROPE_NEEDS))
+        needed, allowed = _ROPE_NEEDS[kind]
+        # What mlx-lm would leave out of its sum changes what the model says.
+        unknown = value.keys() - {"type", "rope_type", "rope_theta", *needed, *allowed}
+        if unknown:
+            raise self.error("rope_scaling", min(unknown), "only " + ", ".join((*needed, *allowed)))
+        scaling: dict[str, Any] = {"rope_type": kind}
+        for key in (*needed, *allowed):
+            if key in needed or key in value:
+                scaling[key] = self.rope_number(key, value.get(key))
+        return scaling
+
+    def rope_number(self, key: str, value: Any) -> float:
+        low, high = (2, 1 << 31) if key == "original_max_position_embeddings" else (1e-3, 1e6)
+        low = 0 if key.startswith("mscale") else low
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self.error(f"rope_scaling.{key}", value, f"a number from {low:g} to {high:g}")
+        return value
 
     def quantization(self) -> Quantization | None:
         entry = self.raw.get("quantization") or self.raw.get("quantization_config")
@@ -451,33 +501,24 @@ class _Fields:
             raise self.error("quantization", entry, "an object")
         if method := entry.get("quant_method"):
             raise ConfigError(
-                f"{self.source} has weights quantized by {str(method)[:40]!r}, expected MLX's own form or none.",
+                f"{self.source} has weights quantized by {shown(method)}, expected MLX's own form or none.",
                 code="unsupported_quantization",
                 hint="Use an unquantized checkpoint, or one quantized by MLX.",
             )
         return Quantization.from_dict(entry)
 
 
-_ROPE_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor",),
-    "yarn": ("factor",),
-    "longrope": ("original_max_position_embeddings", "short_factor", "long_factor"),
-}
-
-
 def _packing(entry: Mapping[str, Any], what: str) -> Packing:
     mode = entry.get("mode", "affine")
     if not isinstance(mode, str) or mode not in _MODES:
         raise ConfigError(
-            f"The {what} has mode {mode!r}, expected one of {', '.join(_MODES)}.", code="bad_quantization"
+            f"The {what} has mode {shown(mode)}, expected one of {', '.join(_MODES)}.", code="bad_quantization"
         )
     bits, group = entry.get("bits"), entry.get("group_size")
     allowed_bits, allowed_groups = _MODES[mode]
     if not _is_int(bits) or bits not in allowed_bits or not _is_int(group) or group not in allowed_groups:
         raise ConfigError(
-            f"The {what} has {bits!r} bits in groups of {group!r}, expected bits in {allowed_bits}"
+            f"The {what} has {shown(bits)} bits in groups of {shown(group)}, expected bits in {allowed_bits}"
             f" and groups in {allowed_groups} for mode {mode}.",
             code="bad_quantization",
         )
@@ -497,3 +538,74 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:,}"
+
+
+# Recipe: bits of the experts, bits of everything else. Experts are 97 % of the weights; what little the rest would save
+# is paid for in quality, and the router, which decides who answers, never goes below 8.
+RECIPES: dict[str, tuple[int, int] | None] = {
+    "q8": (8, 8),
+    "q6": (6, 8),
+    "q5": (5, 8),
+    "q4": (4, 8),
+    "q4-mini": (4, 4),
+    "q3": (3, 6),
+    "q2": (2, 6),
+    "bf16": None,
+    "f16": None,
+}
+_ROUTER_BITS = 8
+
+
+def recipe(config: Config, name: str, *, group_size: int = 64, mode: str = "affine") -> Quantization | None:
+    """The quantization that recipe `name` gives `config`; None for the recipes that leave floats.
+
+    `mode` other than "affine" applies to the experts, in the group size that mode has."""
+    if name not in RECIPES:
+        raise ConfigError(f"There is no recipe {shown(name)}, only {', '.join(RECIPES)}.", code="bad_recipe")
+    chosen = RECIPES[name]
+    if chosen is None:
+        return None
+    expert_bits, dense_bits = chosen
+    if mode not in _MODES:
+        raise ConfigError(f"There is no mode {shown(mode)}, only {', '.join(_MODES)}.", code="bad_recipe")
+    if mode != "affine":
+        (mode_bits,), (mode_group,) = _MODES[mode]
+        if mode_bits != expert_bits:
+            raise ConfigError(f"Mode {mode} has {mode_bits} bits, recipe {name} {expert_bits}.", code="bad_recipe")
+        experts = Packing(mode_bits, mode_group, mode)
+    else:
+        experts = _packing({"bits": expert_bits, "group_size": group_size}, f"recipe {name}")
+    dense, router = Packing(dense_bits, group_size), Packing(_ROUTER_BITS, group_size)
+    overrides: dict[str, Packing | None] = {}
+    for path in config.modules():
+        if path.endswith(".gate"):
+            overrides[path] = router
+        elif ".switch_mlp." not in path:
+            overrides[path] = dense
+    return Quantization(experts, {path: packing for path, packing in overrides.items() if packing != experts})
+
+
+def recipe_of_patterns(config: Config, patterns: Any) -> Quantization:
+    """A recipe given as data: `{"*": 4, "*.self_attn.*": 8, "lm_head": {"bits": 6, "group_size": 32}}`.
+
+    Keys are shell patterns for module paths, values are bits or packings, null leaves floats; the last match counts."""
+    if not isinstance(patterns, Mapping) or not patterns:
+        raise ConfigError("A recipe file holds an object of patterns and bits.", code="bad_recipe")
+    packings = {pattern: _recipe_entry(pattern, value) for pattern, value in patterns.items()}
+    chosen: dict[str, Packing | None] = {}
+    for path in config.modules():
+        matching = [packing for pattern, packing in packings.items() if fnmatchcase(path, pattern)]
+        chosen[path] = matching[-1] if matching else None
+        if path.endswith(".gate") and chosen[path] and chosen[path].bits < _ROUTER_BITS:  # type: ignore[union-attr]
+            chosen[path] = Packing(_ROUTER_BITS)
+    default = next((packing for packing in chosen.values() if packing), None)
+    if default is None:
+        raise ConfigError("This recipe quantizes nothing; use the recipe bf16 or f16.", code="bad_recipe")
+    return Quantization(default, {path: packing for path, packing in chosen.items() if packing != default})
+
+
+def _recipe_entry(pattern: str, value: Any) -> Packing | None:
+    if value is None:
+        return None
+    entry = value if isinstance(value, Mapping) else {"bits": value}
+    return _packing({"group_size": 64, **entry}, f"recipe entry {shown(pattern)}")
