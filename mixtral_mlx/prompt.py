@@ -82,7 +82,7 @@ class Tokenizer:
         self.tool_calls_id: int | None = pieces.piece_to_id("[TOOL_CALLS]") if version == "v3" else None
         self.name = f"{version}, {self.vocab_size:,} pieces"
         self._pieces = pieces
-        self._file = file
+        self.file = file
         self._surfaces: dict[int, str | bytes] = {}
 
     @classmethod
@@ -171,7 +171,7 @@ class Tokenizer:
         version = TokenizerVersion(self.version)
         instruct = InstructTokenizerV1 if self.version == "v1" else InstructTokenizerV3
         return MistralTokenizer(
-            instruct(SentencePieceTokenizer(self._file, version)),
+            instruct(SentencePieceTokenizer(self.file, version)),
             validator=get_validator(version, ValidationMode.test),
             request_normalizer=get_normalizer(version, None),
         )

@@ -6,7 +6,6 @@ once. Knows nothing of prompts, and nothing of experts that stay on disk."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -14,12 +13,13 @@ import re
 import shutil
 import stat
 import struct
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,14 +29,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import Config, MixtralError, Packing, TensorSpec, read_json
+from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
 from .memory import activation_dtype, ram_bytes
 from .model import Model
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
-_MAX_HEADER_BYTES = 16 << 20
+# 8x22B, an expert at a time and quantized, has 4,800 tensors and 0.6 MB of headers.
+_MAX_HEADER_BYTES = 4 << 20
+_MAX_TENSORS = 1 << 14
 _MAX_SHARD_BYTES = 5 << 30
 _READERS = 4
 _READ_BYTES = 16 << 20
@@ -44,10 +46,12 @@ _ITEM_BYTES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
-_MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
+MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 _KINDS = {"F32": "float", "F16": "float", "BF16": "float", "U32": "U32", "U8": "U8"}
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_EXPERT = re.compile(r"(model\.layers\.\d+\.block_sparse_moe)\.experts\.(\d+)\.(w[123])\.(weight|scales|biases)")
+_EXPERT = re.compile(
+    r"(model\.layers\.\d+\.block_sparse_moe)\.experts\.(0|[1-9][0-9]{0,3})\.(w[123])\.(weight|scales|biases)"
+)
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _DAMAGED = "The file is damaged or was not fetched whole. Fetch it again."
 
@@ -97,7 +101,7 @@ class Checkpoint:
         tensors = tuple(_assemble(name, spec, pieces) for name, spec in _expected(config, pieces).items())
         if pieces:
             raise WeightsError(
-                f"{folder} holds {len(pieces)} tensors that its configuration does not imply, such as {min(pieces)}.",
+                f"{folder} holds {len(pieces)} tensors that its configuration does not imply, as {shown(min(pieces))}.",
                 code="unexpected_tensor",
                 hint="config.json and the weights are not of the same model.",
             )
@@ -106,6 +110,20 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def nbytes_as(self, dtype: str | None) -> int:
+        """Bytes in memory with all floats held as `dtype`; None leaves each as it is."""
+        return sum(
+            math.prod(tensor.shape) * getattr(mx, dtype).size
+            if dtype and _KINDS[tensor.dtype] == "float"
+            else tensor.nbytes
+            for tensor in self.tensors
+        )
+
+    @property
+    def has_float_experts(self) -> bool:
+        """Whether some layer's experts are not quantized."""
+        return any(".switch_mlp." in t.name and t.name.endswith(".weight") and t.dtype != "U32" for t in self.tensors)
 
     @property
     def dtype(self) -> str:
@@ -129,13 +147,15 @@ def locate(model: str | Path | None, *, offline: bool = False) -> Path:
     """The folder of `model`: a path, a Hugging Face repository (fetched unless `offline`), or None for the demo."""
     if model is None:
         return Path(__file__).parent / "demo" / "model"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise WeightsError(
-            f"{folder} is a file, expected a folder with a Mixtral checkpoint in it.", code="not_a_folder"
-        )
+    folder = Path(model)
+    with suppress(OSError, RuntimeError):  # A name too long for a path, or a ~ that is nobody's home.
+        folder = folder.expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise WeightsError(
+                f"{folder} is a file, expected a folder with a Mixtral checkpoint in it.", code="not_a_folder"
+            )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
         return _from_hub(str(model), offline)
     raise WeightsError(
@@ -146,7 +166,7 @@ def locate(model: str | Path | None, *, offline: bool = False) -> Path:
 
 
 def load(
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: str = "auto",
     on_progress: Progress | None = None,
@@ -160,46 +180,99 @@ def load(
     start = time.perf_counter()
     if mx.default_device() == mx.cpu:
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.nbytes > ram_bytes():
+    if dtype != "auto" and dtype not in _DTYPE_NAMES.values():
         raise WeightsError(
-            f"{folder} needs {checkpoint.nbytes / 1e9:.1f} GB of memory for its weights, "
+            f"The dtype is {dtype!r}, expected auto, {', '.join(_DTYPE_NAMES.values())}.", code="unsupported_dtype"
+        )
+    folder = Path(folder)
+    checkpoint = Checkpoint.open(folder)
+    target, cast_to = dtypes_for(dtype, checkpoint)
+    needed = checkpoint.nbytes_as(cast_to)
+    if needed > ram_bytes():
+        raise WeightsError(
+            f"{folder} needs {needed / 1e9:.1f} GB of memory for its weights, "
             f"this machine has {ram_bytes() / 1e9:.1f} GB.",
             code="too_large",
             hint="Use a checkpoint quantized to fewer bits.",
         )
-    target = activation_dtype(dtype, checkpoint.dtype)
-    # Nothing is cast unless another dtype was chosen: a checkpoint may keep some tensors wider on purpose.
-    cast_to = None if target == checkpoint.dtype and dtype == "auto" else target
-    reader = _Reader(checkpoint.nbytes, on_progress, cancelled)
-    arrays = reader.read(checkpoint.tensors, cast_to)
-    model = _build(checkpoint.config, {name for name, _ in arrays})
+    arrays = read_tensors(checkpoint.tensors, cast_to, on_progress=on_progress, cancelled=cancelled)
+    names = {name for name, _ in arrays}
+    # The model's own initial weights stay unevaluated: they never take memory.
+    model = Model(checkpoint.config)
+    quantize(model, checkpoint.config, lambda path: f"{path}.scales" in names)
     model.load_weights(arrays, strict=True)
     model.eval()
-    return Loaded(model, checkpoint.config, folder, target, checkpoint.nbytes, time.perf_counter() - start)
+    return Loaded(model, checkpoint.config, folder, target, needed, time.perf_counter() - start)
+
+
+def dtypes_for(asked: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """What to compute in, and what to cast all floats to (None: each stays as it is)."""
+    if checkpoint.has_float_experts and mx.default_device() == mx.cpu:  # There MLX multiplies these in float32 only.
+        if asked not in ("auto", "float32"):
+            raise WeightsError(
+                f"{checkpoint.folder} has unquantized experts, which on the CPU run in float32, not in {asked}.",
+                code="unsupported_dtype",
+                hint="Leave the dtype out, or use a quantized checkpoint.",
+            )
+        return "float32", "float32"
+    target = activation_dtype(asked, checkpoint.dtype)
+    # Nothing is cast unless another dtype was chosen: a checkpoint may keep some tensors wider on purpose.
+    return target, None if target == checkpoint.dtype and asked == "auto" else target
+
+
+def read_tensors(
+    tensors: Sequence[Tensor],
+    dtype: str | None,
+    *,
+    on_progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[tuple[str, mx.array]]:
+    """Read `tensors` of a checked checkpoint; floats are cast to `dtype`, or kept as they are where it is None."""
+    reader = _Reader(sum(tensor.nbytes for tensor in tensors), on_progress, cancelled)
+    return reader.read(tensors, dtype)
 
 
 def save(folder: Path, model: nn.Module, config: Config) -> None:
-    """Write `model` as a checkpoint folder, which appears whole or not at all; raises `WeightsError` if it exists."""
+    """Write `model` as a checkpoint folder, which appears whole or not at all; raises `WeightsError`."""
     if folder.exists():
         raise WeightsError(f"{folder} exists already.", code="exists", hint="Choose another name or remove it.")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shards = list(_shards(dict(tree_flatten(model.parameters()))))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        _write_folder(partial, dict(tree_flatten(model.parameters())), config)
+        partial.rename(folder)
+        _fsync(folder.parent)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{folder} could not be written: {error}.", code="write_failed") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_folder(folder: Path, arrays: dict[str, mx.array], config: Config) -> None:
+    shards = list(_shards(arrays))
     weight_map: dict[str, str] = {}
     for n, shard in enumerate(shards, 1):
         file = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        mx.save_safetensors(str(partial / file), shard, metadata={"format": "mlx"})
+        mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(array.nbytes for shard in shards for array in shard.values())
+    total = sum(array.nbytes for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-    for path in [*partial.iterdir(), partial]:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+    folder.chmod(0o755)
+    for path in [*folder.iterdir(), folder]:
         _fsync(path)
-    partial.rename(folder)
-    _fsync(folder.parent)
+
+
+def quantize(model: Model, config: Config, has_scales: Callable[[str], bool] = lambda path: True) -> None:
+    """Quantize `model`'s matrices as `config` says; see `Config.packing` for `has_scales`."""
+
+    def packing_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        packing = config.packing(path, has_scales) if hasattr(module, "to_quantized") else None
+        return dict(vars(packing)) if packing else False
+
+    if config.quantization:
+        nn.quantize(model, class_predicate=packing_of)
 
 
 def read_header(file: Path, fd: int) -> dict[str, Span]:
@@ -213,14 +286,16 @@ def read_header(file: Path, fd: int) -> dict[str, Span]:
     if length > min(_MAX_HEADER_BYTES, size - 8):
         raise _damaged(file, f"claims a header of {length:,} bytes in a file of {size:,}")
     try:
-        header = json.loads(_pread(file, fd, length, 8).decode(), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(_pread(file, fd, length, 8).decode(), object_pairs_hook=_unique_keys)
+    except ValueError as error:
         raise _damaged(file, f"has a header that is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise _damaged(file, "has a header that is no JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(file, "has metadata that is not text")
+    if len(header) > _MAX_TENSORS:
+        raise _damaged(file, f"lists {len(header):,} tensors, more than any Mixtral has")
     spans = {name: _span(file, name, entry, start=8 + length) for name, entry in header.items()}
     end = 8 + length
     for span in sorted(spans.values(), key=lambda span: (span.offset, span.nbytes)):
@@ -256,21 +331,25 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         raise ValueError("a key stands twice")
+    # JSON can spell half a character, which no text may hold.
+    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()
     return unique
 
 
 def _spans(folder: Path) -> dict[str, Span]:
     """Every tensor in the folder's safetensors files, which must be those its index lists, if it has one."""
     index_file = folder / "model.safetensors.index.json"
-    index = _read_index(index_file) if index_file.exists() else None
+    index = _read_index(index_file) if exists(index_file) else None
     files = sorted(set(index.values())) if index else _weight_files(folder)
     spans: dict[str, Span] = {}
     for name in files:
-        with _Opened(folder / name) as fd:
+        with opened_file(folder / name) as fd:
             found = read_header(folder / name, fd)
         if twice := spans.keys() & found.keys():
-            raise WeightsError(f"{folder} holds tensor {min(twice)} twice.", code="duplicate_tensor")
+            raise WeightsError(f"{folder} holds tensor {shown(min(twice))} twice.", code="duplicate_tensor")
         spans |= found
+        if len(spans) > _MAX_TENSORS:
+            raise _damaged(folder, f"lists more than {_MAX_TENSORS:,} tensors, more than any Mixtral has")
     if index is not None:
         wrong = {
             name
@@ -279,7 +358,7 @@ def _spans(folder: Path) -> dict[str, Span]:
         }
         if wrong:
             raise WeightsError(
-                f"{index_file} and the files it lists disagree about tensor {min(wrong)}.",
+                f"{index_file} and the files it lists disagree about tensor {shown(min(wrong))}.",
                 code="index_mismatch",
                 hint="Fetch index and weights again from one place.",
             )
@@ -310,7 +389,7 @@ def _weight_files(folder: Path) -> list[str]:
     except OSError as error:
         raise WeightsError(f"{folder} cannot be read: {error.strerror}.", code="unreadable") from None
     raise WeightsError(
-        f"{folder} holds no model*.safetensors (found: {', '.join(others[:6]) or 'nothing'}).",
+        f"{folder} holds no model*.safetensors (found: {', '.join(map(shown, others[:6])) or 'nothing'}).",
         code="no_weights",
         hint="Only safetensors checkpoints in the Hugging Face or MLX layout can be loaded.",
     )
@@ -328,7 +407,7 @@ def _by_destination(spans: dict[str, Span], config: Config) -> _Pieces:
         expert = None
         if match := _EXPERT.fullmatch(name):
             moe, number, matrix, part = match.groups()
-            name, expert = f"{moe}.switch_mlp.{_PROJECTIONS[matrix]}.{part}", int(number[:9])
+            name, expert = f"{moe}.switch_mlp.{_PROJECTIONS[matrix]}.{part}", int(number)
         pieces.setdefault(name, {})[expert] = span
     return pieces
 
@@ -381,12 +460,12 @@ class _Reader:
         arrays = []
         with ExitStack() as opened, ThreadPoolExecutor(_READERS) as pool:
             files = sorted({span.file for tensor in tensors for span in tensor.spans})
-            fds = {file: opened.enter_context(_Opened(file)) for file in files}
+            fds = {file: opened.enter_context(opened_file(file)) for file in files}
             pending: list[Future[None]] = []
             try:
                 for tensor, array in _allocated(tensors, dtype):
-                    if array.dtype == _MLX_DTYPES[tensor.dtype]:
-                        pending += self._submit(pool, fds, tensor.spans, _bytes_of(array))
+                    if array.dtype == MLX_DTYPES[tensor.dtype]:
+                        pending += self._submit(pool, fds, tensor.spans, bytes_of(array))
                     else:
                         self._read_cast(pool, fds, tensor, array)
                     arrays.append((tensor.name, array))
@@ -399,15 +478,15 @@ class _Reader:
 
     def _read_cast(self, pool: ThreadPoolExecutor, fds: dict[Path, int], tensor: Tensor, array: mx.array) -> None:
         """A span at a time, so that no more than one is ever held twice."""
-        view = _bytes_of(array)
+        view = bytes_of(array)
         size = view.nbytes // len(tensor.spans)
         for n, span in enumerate(tensor.spans):
-            scratch = mx.zeros(span.shape, _MLX_DTYPES[span.dtype])
+            scratch = mx.zeros(span.shape, MLX_DTYPES[span.dtype])
             mx.eval(scratch)
-            self._finish(self._submit(pool, fds, (span,), _bytes_of(scratch)))
+            self._finish(self._submit(pool, fds, (span,), bytes_of(scratch)))
             converted = scratch.astype(array.dtype)
             mx.eval(converted)
-            view[n * size : (n + 1) * size] = _bytes_of(converted)
+            view[n * size : (n + 1) * size] = bytes_of(converted)
 
     def _submit(
         self, pool: ThreadPoolExecutor, fds: dict[Path, int], spans: tuple[Span, ...], view: memoryview
@@ -453,7 +532,7 @@ def read_into(file: Path, fd: int, view: memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _bytes_of(array: mx.array) -> memoryview:
+def bytes_of(array: mx.array) -> memoryview:
     """The memory of an evaluated array, writable where it is."""
     return memoryview(cast(Any, array)).cast("B")
 
@@ -466,7 +545,7 @@ def _allocated(tensors: Sequence[Tensor], dtype: str | None) -> Iterator[tuple[T
     ahead: deque[tuple[Tensor, mx.array]] = deque()
     for n, tensor in enumerate(tensors):
         convert = dtype and _KINDS[tensor.dtype] == "float"
-        target = getattr(mx, dtype) if dtype and convert else _MLX_DTYPES[tensor.dtype]
+        target = getattr(mx, dtype) if dtype and convert else MLX_DTYPES[tensor.dtype]
         array = mx.zeros(tensor.shape, target, stream=streams[n % 2])
         mx.async_eval(array)
         ahead.append((tensor, array))
@@ -487,21 +566,6 @@ def _allocation_streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
     return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
 
 
-def _build(config: Config, names: set[str]) -> Model:
-    """The model with its modules quantized as the checkpoint's are. Its own weights stay unevaluated."""
-    model = Model(config)
-
-    def packing_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
-            return False
-        packing: Packing | None = config.packing(path, lambda path: f"{path}.scales" in names)
-        return dict(vars(packing)) if packing else False
-
-    if config.quantization:
-        nn.quantize(model, class_predicate=packing_of)
-    return model
-
-
 def _shards(arrays: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
     shard: dict[str, mx.array] = {}
     size = 0
@@ -514,26 +578,22 @@ def _shards(arrays: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
     yield shard
 
 
-class _Opened:
-    """A file open for reading, as a descriptor; refuses what is not a regular file before opening it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> int:
-        try:
-            # Not blocking, so that a pipe with a weight file's name cannot hang the load.
-            self.fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            code = "missing_file" if error.errno == errno.ENOENT else "unreadable"
-            raise WeightsError(f"{self.file} cannot be opened: {error.strerror}.", code=code, hint=_DAMAGED) from None
-        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
-            os.close(self.fd)
-            raise WeightsError(f"{self.file} is not a regular file.", code="unreadable")
-        return self.fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+@contextmanager
+def opened_file(file: Path) -> Iterator[int]:
+    """A regular file open for reading, as a descriptor; raises `WeightsError` for anything else."""
+    try:
+        # Not blocking, so that a pipe with a weight file's name cannot hang the load.
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        code = "missing_file" if isinstance(error, FileNotFoundError) else "unreadable"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightsError(f"{file} cannot be opened: {reason}.", code=code, hint=_DAMAGED) from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise WeightsError(f"{file} is not a regular file.", code="unreadable")
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _pread(file: Path, fd: int, size: int, offset: int) -> bytes:
@@ -559,7 +619,6 @@ def _from_hub(repository: str, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -585,11 +644,9 @@ def _from_hub(repository: str, offline: bool) -> Path:
             ", and --offline forbids fetching it" if offline else " and the hub cannot be reached"
         )
         hint = "Fetch it once with a network, or give a folder."
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        found, hint = (
-            f"could not be fetched ({str(error).splitlines()[0][:120]})",
-            "Try again; what is there is kept.",
-        )
+    except Exception as error:  # Its errors are of many kinds: connections, disk, answers it does not understand.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        found, hint = f"could not be fetched ({reason})", "Try again; what is there is kept."
     raise WeightsError(
         f"{repository} is not a folder here, and on Hugging Face it {found}.", code="no_model", hint=hint
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+import safetensors
 
 from mixtral_mlx.config import Config, Packing, Quantization
 from mixtral_mlx.model import Model
-from mixtral_mlx.weights import save
+from mixtral_mlx.weights import quantize, save
 
 TINY = Config(
     vocab_size=32000,
@@ -41,13 +43,7 @@ def random_model(config: Config, seed: int = 0) -> Model:
         for name, spec in replace(config, quantization=None).tensors().items()
     ]
     model.load_weights([(name, array.astype(getattr(mx, config.dtype))) for name, array in weights])
-    if config.quantization:
-
-        def packing_of(path: str, module: nn.Module) -> bool | dict[str, object]:
-            packing = config.packing(path) if hasattr(module, "to_quantized") else None
-            return dict(vars(packing)) if packing else False
-
-        nn.quantize(model, class_predicate=packing_of)
+    quantize(model, config)
     mx.eval(model.parameters())
     return model
 
@@ -74,3 +70,32 @@ def unstacked(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         for expert in range(array.shape[0]):
             result[f"{moe}.experts.{expert}.{letters[projection]}.{part}"] = mx.contiguous(array[expert])
     return result
+
+
+def write_weights(folder: Path, *shards: Mapping[str, mx.array], index: bool = True) -> Path:
+    """Write safetensors files with an index, or a single one without."""
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    names = names if index else ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        mx.save_safetensors(str(folder / name), dict(shard), metadata={"format": "mlx"})
+    if index:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def read_arrays(file: Path) -> dict[str, mx.array]:
+    """All tensors of a safetensors file, or of all such files in a folder."""
+    files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+    result: dict[str, mx.array] = {}
+    for path in files:
+        arrays = mx.load(str(path))
+        assert isinstance(arrays, dict)
+        result |= arrays
+    return result
+
+
+def parsed_elsewhere(content: bytes) -> dict[str, dict[str, Any]]:
+    """A safetensors file as the safetensors package reads it: name → shape, dtype and data."""
+    parse: Any = safetensors.deserialize
+    return dict(parse(content))
