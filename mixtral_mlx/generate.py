@@ -128,6 +128,8 @@ class Conversation:
             raise _impossible("kv_bits", kv_bits, "4 or 8")
         if context is not None and not 2 <= context <= longest:
             raise _impossible("context", context, f"from 2 to {longest}, what this model was made for")
+        if kv_bits and model.args.head_dim % 32:
+            raise _impossible("kv_bits", kv_bits, f"none: heads {model.args.head_dim} wide cannot be quantized")
         self.model = model
         self.kv_bits = kv_bits
         self.context = context or longest

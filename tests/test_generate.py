@@ -312,7 +312,7 @@ def test_impossible_prompts_are_refused_before_anything_runs(model: Model, token
         with pytest.raises(GenerateError) as error:
             stream_generate(model, tokenizer, prompt)
         assert error.value.code == code
-    for options in ({"kv_bits": 3}, {"context": 1}, {"context": 10_000}):
+    for options in ({"kv_bits": 3}, {"kv_bits": 4}, {"context": 1}, {"context": 10_000}):
         with pytest.raises(GenerateError) as error:
             Conversation(model, **options)
         assert error.value.code == "bad_sampling"
