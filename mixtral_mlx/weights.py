@@ -291,7 +291,9 @@ def read_header(file: Path, fd: int) -> dict[str, Span]:
         raise _damaged(file, f"has a header that is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise _damaged(file, "has a header that is no JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # MLX itself writes null where it has none.
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(file, "has metadata that is not text")
     if len(header) > _MAX_TENSORS:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -477,3 +477,13 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(tmp_path: Path, hub: str) 
     assert "does not exist" in answers["org/missing"]["message"]
     assert "hf auth login" in answers["org/private"]["hint"]
     assert "licence" in answers["org/gated"]["message"]
+
+
+def test_files_without_metadata_load_as_mlx_writes_them(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny", SMALL, tokenizer=None)
+    file = tmp_path / "tiny" / "model-00001-of-00001.safetensors"
+    arrays = mx.load(str(file))
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), cast(dict[str, mx.array], arrays))
+    assert b'"__metadata__":null' in file.read_bytes()[:200_000]
+    assert load(tmp_path / "tiny").weights_bytes > 0
