@@ -1,0 +1,572 @@
+"""A conversation with a model: its turns, system prompt, settings and commands.
+
+Reads no keyboard and prints nothing; what follows from a line comes back as an `Outcome`. MLX is imported only when a
+reply is generated."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import MixtralError, read_json
+from .prompt import Message
+
+if TYPE_CHECKING:
+    from .generate import Chunk, Conversation, Sampling, Usage
+    from .prompt import Tokenizer
+    from .weights import Loaded
+
+
+class ChatError(MixtralError):
+    """A command that does not exist or cannot be done, or a conversation that no longer fits."""
+
+
+# Settings: what --options and /set have in common.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number from `low` to `high`, or text, that says how to generate."""
+
+    kind: type[int | float | str]
+    help: str
+    low: float = 0
+    high: float = 1
+
+
+SETTINGS = {
+    "temperature": Setting(float, "0 takes the likeliest token, more is bolder", 0, 100),
+    "top_p": Setting(float, "choose among the likeliest that make up this share"),
+    "top_k": Setting(int, "choose among this many of the likeliest, 0 for all", 0, 1 << 20),
+    "min_p": Setting(float, "leave out what is below this × the likeliest"),
+    "repetition_penalty": Setting(float, "above 1 makes recent tokens less likely", 0, 100),
+    "presence_penalty": Setting(float, "taken from the score of every recent token", -100, 100),
+    "frequency_penalty": Setting(float, "the same for each time a token came", -100, 100),
+    "seed": Setting(int, "same seed, same text", 0, (1 << 64) - 1),
+    "max_tokens": Setting(int, "stop after this many tokens", 1, 1 << 31),
+    "stop": Setting(str, r"end at this text (\n, \t, \\, \xNN, \uNNNN work)"),
+}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of a setting written as `text`; raises `ValueError` that says what is wrong with it."""
+    setting = SETTINGS[name]
+    if setting.kind is str:
+        return _unescaped(text)
+    try:
+        value: Any = setting.kind(text)
+    except ValueError:
+        value = math.nan
+    if not setting.low <= value <= setting.high:
+        kind = "a whole number" if setting.kind is int else "a number"
+        raise ValueError(f"is {text!r}, expected {kind} from {setting.low} to {setting.high}")
+    return value
+
+
+def _unescaped(text: str) -> str:
+    if not text:
+        raise ValueError("is empty, expected text of at least one character")
+
+    def character(found: re.Match[str]) -> str:
+        code = found[1] or found[2]
+        if code:
+            return chr(int(code, 16))
+        if found[3] not in _ESCAPES:
+            raise ValueError(rf"holds {found[0]!r}, expected \n, \t, \r, \\, \xNN or \uNNNN")
+        return _ESCAPES[found[3]]
+
+    return re.sub(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.?))", character, text, flags=re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A loaded model with its tokenizer and one running cache."""
+
+    name: str
+    loaded: Loaded
+    tokenizer: Tokenizer
+    conversation: Conversation
+    is_demo: bool = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings that hold where a chat chose no others."""
+        # The demo knows one right answer to most questions; a real model speaks better with some freedom.
+        return {} if self.is_demo else {"temperature": 0.7, "top_p": 0.95}
+
+    def __str__(self) -> str:
+        memory = f"resident, {shown_bytes(self.loaded.weights_bytes)}"
+        return f"{self.name} · {self.loaded.dtype} · {memory} · context {self.conversation.context:,}"
+
+
+def shown_bytes(count: int) -> str:
+    """Bytes as people read them: `10.9 MB`, `26.3 GB`."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def peak_bytes() -> int:
+    """The most memory the process has used so far."""
+    import mlx.core as mx
+
+    from .memory import peak_rss_bytes
+
+    # A Mac does not count the GPU's memory as the process's resident memory.
+    return max(peak_rss_bytes(), int(mx.get_peak_memory()))
+
+
+@contextmanager
+def mlx_failures() -> Iterator[None]:
+    """Say it in words when MLX cannot go on, as when memory has run out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise ChatError(
+            f"MLX could not go on: {error}",
+            code="mlx_failed",
+            hint="If memory ran out, a smaller --context or --kv-bits 4 takes less.",
+        ) from error
+
+
+# The conversation.
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the person said, and what the model answered."""
+
+    user: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What follows from a line: show `text`; then answer with `Session.reply`, have `edit` edited, or leave."""
+
+    text: str = ""
+    answer: bool = False
+    edit: str | None = None
+    leave: bool = False
+
+
+class Session:
+    """A conversation with one model: its turns, system prompt, settings and commands.
+
+    A line goes to `handle`. When that asks for an answer, `reply` generates it; the turn is complete once its iterator
+    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet."""
+
+    def __init__(
+        self,
+        ready: Ready,
+        open_model: Callable[[str, int], Ready],
+        *,
+        system: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.ready = ready
+        self.open_model = open_model
+        self.system = system
+        self.settings = dict(settings or {})
+        self.turns: list[Turn] = []
+        self.waiting = ""
+        self.stats = False
+        self.usage: Usage | None = None
+
+    def handle(self, line: str) -> Outcome:
+        """Take a line the person entered: a message, or a command; raises `MixtralError` and changes nothing."""
+        if not line.startswith("/"):
+            return self.say(line)
+        if line.startswith("//"):
+            return self.say(line[1:])
+        name, *rest = line[1:].split(maxsplit=1) or [""]
+        if name not in COMMANDS:
+            raise ChatError(f"There is no command /{name}.", code="unknown_command", hint=_suggestion(name))
+        return COMMANDS[name].run(self, "".join(rest).strip())
+
+    def say(self, text: str) -> Outcome:
+        """Take a message as it is."""
+        self.waiting = text
+        return Outcome(answer=True)
+
+    def reply(
+        self,
+        *,
+        on_prompt: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer the waiting message; raises `MixtralError` before the first chunk, with the message left waiting."""
+        from .generate import stream_generate
+
+        chunks = stream_generate(
+            self.ready.loaded.model,
+            self.ready.tokenizer,
+            self._prompt(),
+            self.sampling(),
+            conversation=self.ready.conversation,
+            on_prompt=on_prompt,
+            cancelled=cancelled,
+        )
+        return self._listen(chunks)
+
+    def _listen(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        text = ""
+        try:
+            with mlx_failures():
+                for chunk in chunks:
+                    text += chunk.text
+                    self.usage = chunk.usage
+                    yield chunk
+        finally:
+            # A reply without a word cannot stand in a conversation; the message waits for another try.
+            if text.strip():
+                self.turns.append(Turn(self.waiting, text))
+                self.waiting = ""
+
+    def sampling(self) -> Sampling:
+        """The settings in force."""
+        from .generate import Sampling
+
+        return Sampling(**{**self.ready.defaults, **self.settings})
+
+    def remark(self, last: Chunk) -> str:
+        """What there is to say about how a reply ended, if anything."""
+        if self.waiting:
+            return "[no reply; /regen asks again, /edit changes the message]"
+        if last.finish_reason == "cancelled":
+            return "[stopped]"
+        if last.finish_reason == "length":
+            used, room = last.usage.prompt_tokens + last.usage.completion_tokens, self.ready.conversation.context
+            if used >= room:
+                return f"[the context is full, {used:,} of {room:,} tokens: /drop N forgets the N oldest turns]"
+            return f"[cut off after {last.usage.completion_tokens:,} tokens, see /set max_tokens]"
+        return ""
+
+    def statistics(self) -> str:
+        """Speed, first-token time and memory of the last reply, in a line."""
+        if self.usage is None:
+            return "No reply yet."
+        use = self.usage
+        return (
+            f"[{use.completion_tokens:,} tokens, {use.generation_tps:.1f} tok/s · "
+            f"first token {use.prompt_seconds:.2f} s · "
+            f"prompt {use.prompt_tokens:,} ({use.cached_tokens:,} cached) · "
+            f"memory peak {shown_bytes(peak_bytes())}]"
+        )
+
+    def _prompt(self) -> list[int]:
+        prompt = self._encoded(self.turns)
+        room = self.ready.conversation.context
+        if len(prompt) >= room:
+            raise ChatError(
+                f"The conversation with this message is {len(prompt):,} tokens long, the context holds {room:,}.",
+                code="context_full",
+                hint=self._what_to_drop(),
+            )
+        return prompt
+
+    def _encoded(self, turns: Sequence[Turn]) -> list[int]:
+        messages = [Message("system", self.system)] if self.system else []
+        for turn in turns:
+            messages += [Message("user", turn.user), Message("assistant", turn.reply)]
+        return self.ready.tokenizer.encode_chat([*messages, Message("user", self.waiting)])
+
+    def _what_to_drop(self) -> str:
+        """The fewest oldest turns to forget so that an eighth of the context is free for the answer."""
+        target = self.ready.conversation.context * 7 // 8
+        sizes = range(1, len(self.turns) + 1)
+        index = bisect_left(sizes, True, key=lambda n: len(self._encoded(self.turns[n:])) <= target)
+        if index == len(sizes):
+            return f"The message alone is {len(self._encoded([])):,} tokens long: /edit makes it shorter."
+        count = sizes[index]
+        left = len(self._encoded(self.turns[count:]))
+        return (
+            f"/drop {count} forgets the oldest {_turns(count)} and leaves {left:,} tokens, /clear forgets everything; "
+            "then /regen answers this message. /undo takes it back."
+        )
+
+    # Commands. Each takes the rest of its line.
+
+    def help(self, argument: str) -> Outcome:
+        width = max(len(f"/{name} {command.usage}") for name, command in COMMANDS.items())
+        lines = [f"{f'/{name} {command.usage}':<{width}}  {command.help}" for name, command in COMMANDS.items()]
+        return Outcome("\n".join([*lines, "A message that begins with a slash is written with two."]))
+
+    def set_system(self, argument: str) -> Outcome:
+        if argument:
+            self.system = "" if argument == "off" else argument
+        return Outcome(f"System prompt: {self.system}" if self.system else "No system prompt.")
+
+    def set(self, argument: str) -> Outcome:
+        name, _, text = argument.partition(" ")
+        name = name.replace("-", "_")
+        if not name:
+            return Outcome(self._listed_settings())
+        if name not in SETTINGS:
+            raise ChatError(f"There is no setting {name!r}.", code="unknown_setting", hint=_settings_hint(name))
+        text = text.strip()
+        settings = {key: value for key, value in self.settings.items() if key != name}
+        if not text:
+            return Outcome(f"{name} = {_shown_setting(getattr(self.sampling(), name))}   ({SETTINGS[name].help})")
+        if text != "default":
+            settings[name] = _parsed(name, text)
+        self._adopt(settings)
+        return Outcome(f"{name} = {_shown_setting(getattr(self.sampling(), name))}")
+
+    def clear(self, argument: str) -> Outcome:
+        self.turns, self.waiting, self.usage = [], "", None
+        self.ready.conversation.clear()
+        return Outcome("The conversation is empty. System prompt and settings stay.")
+
+    def regen(self, argument: str) -> Outcome:
+        self._take_back()
+        return Outcome(answer=True)
+
+    def edit(self, argument: str) -> Outcome:
+        """Bare: have the last message edited. With text: put it in the last message's place."""
+        if not argument:
+            return Outcome(edit=self.waiting or self._last().user)
+        self._take_back()
+        return self.say(argument)
+
+    def undo(self, argument: str) -> Outcome:
+        self._take_back()
+        gone, self.waiting = self.waiting, ""
+        return Outcome(f"Taken back: {_shortened(gone)}")
+
+    def drop(self, argument: str) -> Outcome:
+        count = int(argument) if argument.isascii() and argument.isdigit() else 0
+        if not 1 <= count <= len(self.turns):
+            raise ChatError(
+                f"/drop needs the number of oldest turns to forget, got {argument!r}; there are {len(self.turns)}.",
+                code="bad_number",
+            )
+        del self.turns[:count]
+        return Outcome(f"Forgot the oldest {_turns(count)}, {len(self.turns)} left.")
+
+    def save(self, argument: str) -> Outcome:
+        path = _path(argument)
+        if path.exists():
+            _read_chat(path)  # Only a saved chat is replaced by another.
+        _write(path, json.dumps(self._saved(), ensure_ascii=False, indent=1) + "\n")
+        return Outcome(f"Saved {_turns(len(self.turns))} to {path}")
+
+    def load(self, argument: str) -> Outcome:
+        chat = _read_chat(_path(argument))
+        self._adopt(chat.settings)
+        self.system, self.turns, self.waiting = chat.system, list(chat.turns), chat.waiting
+        return Outcome(
+            f"Loaded {_turns(len(self.turns))}." + (" /regen answers the last message." * bool(self.waiting))
+        )
+
+    def show_stats(self, argument: str) -> Outcome:
+        if argument not in ("", "on", "off"):
+            raise ChatError(f"/stats is {argument!r}, expected on or off.", code="bad_value")
+        if not argument:
+            return Outcome(self.statistics())
+        self.stats = argument == "on"
+        return Outcome(f"Statistics after each reply are {argument}.")
+
+    def model(self, argument: str) -> Outcome:
+        if argument:
+            self.ready = self.open_model(argument, self.ready.loaded.weights_bytes)
+        return Outcome(str(self.ready))
+
+    def exit(self, argument: str) -> Outcome:
+        return Outcome(leave=True)
+
+    # What the commands are made of.
+
+    def _last(self) -> Turn:
+        if not self.turns:
+            raise ChatError("Nothing has been said yet.", code="no_turns")
+        return self.turns[-1]
+
+    def _take_back(self) -> None:
+        """Make the last message the waiting one, and forget its reply."""
+        if not self.waiting:
+            self.waiting = self._last().user
+            self.turns.pop()
+
+    def _adopt(self, settings: dict[str, Any]) -> None:
+        before, self.settings = self.settings, settings
+        try:
+            self.sampling()
+        except MixtralError:
+            self.settings = before
+            raise
+
+    def _listed_settings(self) -> str:
+        now = {name: _shown_setting(getattr(self.sampling(), name)) for name in SETTINGS}
+        width = max(map(len, now.values()))
+        lines = [f"{name:<18}  {value:<{width}}  {SETTINGS[name].help}" for name, value in now.items()]
+        return "\n".join([*lines, "/set NAME VALUE changes one, /set NAME default takes it back."])
+
+    def _saved(self) -> dict[str, Any]:
+        messages = [
+            {"role": role, "content": text}
+            for turn in self.turns
+            for role, text in (("user", turn.user), ("assistant", turn.reply))
+        ]
+        if self.waiting:
+            messages.append({"role": "user", "content": self.waiting})
+        return {
+            "mixtral_mlx_chat": 1,
+            "model": self.ready.name,
+            "system": self.system,
+            "settings": self.settings,
+            "messages": messages,
+        }
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[Session, str], Outcome]
+    usage: str
+    help: str
+
+
+COMMANDS = {
+    "help": _Command(Session.help, "", "this list"),
+    "system": _Command(Session.set_system, "[TEXT]", "show or set the system prompt; `off` removes it"),
+    "set": _Command(Session.set, "[NAME [VALUE]]", "list, show or change the settings"),
+    "regen": _Command(Session.regen, "", "answer the last message again"),
+    "edit": _Command(Session.edit, "[TEXT]", "change the last message and answer it again"),
+    "undo": _Command(Session.undo, "", "take back the last message and its reply"),
+    "drop": _Command(Session.drop, "N", "forget the N oldest turns, to make room"),
+    "clear": _Command(Session.clear, "", "forget the whole conversation"),
+    "save": _Command(Session.save, "FILE", "write the conversation to a file"),
+    "load": _Command(Session.load, "FILE", "go on with a saved conversation"),
+    "stats": _Command(Session.show_stats, "[on|off]", "speed and memory, now or after every reply"),
+    "model": _Command(Session.model, "[NAME]", "show the model, or change to another"),
+    "exit": _Command(Session.exit, "", "leave, as Ctrl-D does"),
+}
+
+
+def _suggestion(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    return f"{f'Did you mean /{near[0]}? ' if near else ''}/help lists them; // sends a message with a slash."
+
+
+def _settings_hint(name: str) -> str:
+    near = difflib.get_close_matches(name, SETTINGS, 1)
+    return f"{f'Did you mean {near[0]}? ' if near else ''}They are: {', '.join(SETTINGS)}."
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        value = parse_setting(name, text)
+    except ValueError as error:
+        raise ChatError(f"{name} {error}.", code="bad_value") from None
+    return (value,) if name == "stop" else value
+
+
+def _shown_setting(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(repr, value)) or "none"
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _turns(count: int) -> str:
+    return "1 turn" if count == 1 else f"{count} turns"
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+# Saved chats.
+
+
+@dataclass(frozen=True)
+class _Chat:
+    system: str
+    settings: dict[str, Any]
+    turns: tuple[Turn, ...]
+    waiting: str
+
+
+def _path(argument: str) -> Path:
+    if not argument:
+        raise ChatError("A file name is missing.", code="no_file", hint="For example: /save talk.json")
+    try:
+        return Path(argument).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ChatError(f"{argument!r} cannot be a file name ({error}).", code="bad_path") from None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, UnicodeError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise ChatError(f"{path} cannot be written: {error}.", code="write_failed") from None
+
+
+def _read_chat(path: Path) -> _Chat:
+    """A saved chat, checked whole; raises `MixtralError`."""
+    raw = read_json(path)
+    try:
+        if raw["mixtral_mlx_chat"] != 1:
+            raise ValueError(f"is of version {raw['mixtral_mlx_chat']!r}, this program knows version 1")
+        turns, waiting = _read_turns(raw["messages"])
+        settings = {name: _read_setting(name, value) for name, value in raw["settings"].items()}
+        return _Chat(_text(raw["system"]), settings, turns, waiting)
+    except (KeyError, TypeError, AttributeError):
+        raise ChatError(f"{path} is no saved chat.", code="bad_chat", hint="Choose a file /save has written.") from None
+    except ValueError as error:
+        raise ChatError(f"{path} {error}.", code="bad_chat") from None
+
+
+def _read_turns(messages: Any) -> tuple[tuple[Turn, ...], str]:
+    if not isinstance(messages, list):
+        raise TypeError
+    texts = []
+    for number, message in enumerate(messages):
+        expected = ("user", "assistant")[number % 2]
+        if message["role"] != expected:
+            raise ValueError(f"has {message['role']!r} as the role of message {number + 1}, expected {expected!r}")
+        texts.append(_text(message["content"]))
+        if not texts[-1].strip():
+            raise ValueError(f"has no text in message {number + 1}")
+    pairs = zip(texts[::2], texts[1::2], strict=False)
+    return tuple(Turn(user, reply) for user, reply in pairs), texts[-1] if len(texts) % 2 else ""
+
+
+def _read_setting(name: str, value: Any) -> Any:
+    if name not in SETTINGS:
+        raise ValueError(f"has the unknown setting {name!r}")
+    if name == "stop":
+        if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+            raise ValueError(f"has {value!r} for stop, expected a list of texts")
+        return tuple(map(_text, value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"has {value!r} for {name}, expected a number")
+    return _parsed(name, str(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair, which is no text") from None
+    return value
