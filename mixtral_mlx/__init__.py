@@ -1,12 +1,14 @@
 """Mixtral 8x7B and 8x22B on Apple silicon with MLX.
 
     config     the numbers that define a Mixtral
+    memory     this machine
     model      the mathematics
-    memory     how much memory there is
     weights    folder ↔ model, strictly checked
-    prompt     messages and tools → token ids; generated text → tool calls
+    prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
-    chat, cli  the terminal
+    session    a conversation: its messages, settings and commands
+    chat       the conversation in the terminal, with terminal and markdown for the screen
+    cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     demo       a small trained Mixtral to try everything on
 

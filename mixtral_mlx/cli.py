@@ -1,0 +1,446 @@
+"""The command `mixtral-mlx`: arguments, dispatch, errors and exit codes; and the command `generate`.
+
+Answers `--help` and refuses mistakes without importing MLX. The argparse namespace stays in this file: what runs is
+given dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .chat import LONG_PROMPT, ModelChoice, open_model
+from .config import MixtralError
+from .prompt import Message
+from .session import SETTINGS, Ready, mlx_failures, parse_setting, peak_bytes
+from .terminal import Bar, CtrlC, PlainText, clean, complain
+
+if TYPE_CHECKING:
+    from .generate import Chunk, Sampling, Usage
+    from .prompt import Tokenizer
+
+
+class UsageError(MixtralError):
+    """A command line that asks for what there is not, or cannot be."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    _mend_streams()
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        # Nothing more can be written; and Python would try again, and complain, when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            where = error.filename or "the output"
+            complain(MixtralError(f"Cannot use {where}: {error.strerror or error}.", code="system_error"))
+        return 1
+
+
+def _mend_streams() -> None:
+    """Make the standard streams usable where a parent has closed them or their encoding lacks characters."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open to the end
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(arguments: list[str]) -> int:
+    as_json = "--json" in arguments
+    try:
+        return _dispatch(arguments)
+    except MixtralError as error:
+        return _failed(error, as_json)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _failed(MixtralError("Interrupted.", code="cancelled"), as_json)
+    except SystemExit as leaving:  # after --help, or SIGTERM
+        return int(leaving.code or 0)
+
+
+def _failed(error: MixtralError, as_json: bool) -> int:
+    if as_json:
+        _print_json({"error": {"code": error.code, "message": str(error), "hint": error.hint}})
+    if error.code == "cancelled":
+        return 130
+    complain(error)
+    return 2 if isinstance(error, UsageError) or error.code == "bad_sampling" else 1
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(encoding="utf-8")  # JSON is UTF-8, wherever it is printed.
+    print(json.dumps(data, ensure_ascii=False), flush=True)
+
+
+# Arguments.
+
+_LATER_COMMANDS = ("convert", "verify", "plan", "serve", "helper", "bench", "perplexity", "routes")
+_LATER_OPTIONS = {"--memory": "The whole model is held in memory."}
+_EPILOG = """commands:
+  chat       talk with a model in the terminal
+  generate   complete one prompt
+
+`mixtral-mlx COMMAND --help` says more."""
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        raise UsageError("No command was given.", code="no_command", hint="mixtral-mlx --help lists them.")
+    command, *rest = arguments
+    if command in ("-h", "--help"):
+        _top_parser().print_help()
+    elif command == "--version":
+        print(f"mixtral-mlx {__version__}")
+    elif command in _COMMANDS:
+        return _COMMANDS[command](rest)
+    else:
+        _refuse_command(command)
+    return 0
+
+
+def _refuse_command(command: str) -> NoReturn:
+    if command in _LATER_COMMANDS:
+        raise UsageError(
+            f"`{command}` is not part of mixtral-mlx {__version__}; there are: {', '.join(_COMMANDS)}.",
+            code="not_available",
+        )
+    if command.startswith("-"):
+        raise UsageError(
+            f"{command} stands before the command.", code="no_command", hint="Write: mixtral-mlx COMMAND [OPTIONS]"
+        )
+    raise UsageError(
+        f"There is no command {command!r}, there are: {', '.join(_COMMANDS)}.",
+        code="unknown_command",
+        hint=_did_you_mean(command, _COMMANDS),
+    )
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    begun = [option for option in known if option.startswith(word)]
+    near = begun or difflib.get_close_matches(word, known, 1)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of our form: unknown options refused by name, nothing abbreviated."""
+
+    def __init__(self, prog: str, **how: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+
+    def error(self, message: str) -> NoReturn:
+        found = re.fullmatch(r"argument (-[^:]*): (.*)", message, re.DOTALL)
+        text = f"{found[1]} {found[2]}" if found else message
+        missing = message.endswith("expected one argument")
+        hint = "A value that begins with a dash is written --option=VALUE." if missing else ""
+        raise UsageError(f"{text.rstrip('.')}.", code="bad_option", hint=hint)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Like `parse_args`, but says what was probably meant."""
+        parsed, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self._refuse(unknown[0].split("=")[0])
+        return parsed
+
+    def _refuse(self, word: str) -> NoReturn:
+        if word in _LATER_OPTIONS:
+            raise UsageError(
+                f"{word} is not part of mixtral-mlx {__version__}.", code="not_available", hint=_LATER_OPTIONS[word]
+            )
+        if not word.startswith("-"):
+            raise UsageError(
+                f"{self.prog} takes no argument {word!r}.",
+                code="unexpected_argument",
+                hint="Everything is given by options; see --help.",
+            )
+        raise UsageError(
+            f"{self.prog} has no option {word}.",
+            code="unknown_option",
+            hint=_did_you_mean(word, self._option_string_actions) or f"{self.prog} --help lists them.",
+        )
+
+
+def _top_parser() -> _Parser:
+    parser = _Parser(
+        "mixtral-mlx",
+        description="Mixtral 8x7B and 8x22B with MLX.",
+        usage="mixtral-mlx COMMAND [OPTIONS]",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    return parser
+
+
+def _add_model(parser: _Parser, default: str) -> None:
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--model",
+        metavar="M",
+        help=f"a folder, a Hugging Face repository, or `demo`; MIXTRAL_MLX_MODEL names it too ({default})",
+    )
+    group.add_argument("--offline", action="store_true", help="fetch nothing from the network")
+    group.add_argument(
+        "--dtype",
+        type=_one_of("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        metavar="T",
+        help="compute in bfloat16, float16 or float32; auto is the checkpoint's own, on M1 and M2 float16",
+    )
+    group.add_argument(
+        "--context", type=_count(2), metavar="N", help="most tokens of prompt and answer (the model's own limit)"
+    )
+    group.add_argument("--kv-bits", type=_one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
+
+
+def _add_settings(parser: _Parser, defaults: dict[str, str]) -> None:
+    group = parser.add_argument_group("how to choose tokens")
+    for name, setting in SETTINGS.items():
+        option = "--" + name.replace("_", "-")
+        default = f" ({defaults[name]})" if name in defaults else ""
+        group.add_argument(
+            option,
+            type=_setting(name),
+            action="append" if name == "stop" else "store",
+            metavar="TEXT" if name == "stop" else "N",
+            help=setting.help + ("; may be given several times" if name == "stop" else default),
+        )
+
+
+def _setting(name: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return parse_setting(name, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _one_of(*values: Any) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        for value in values:
+            if text == str(value):
+                return value
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected one of {', '.join(map(str, values))}")
+
+    return parse
+
+
+def _count(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected a whole number of at least {low}")
+        return int(text)
+
+    return parse
+
+
+def _model_choice(parsed: argparse.Namespace, name: str | None) -> ModelChoice:
+    return ModelChoice(
+        name=None if name == "demo" else name,
+        dtype=parsed.dtype,
+        kv_bits=parsed.kv_bits,
+        context=parsed.context,
+        offline=parsed.offline,
+        quiet=parsed.quiet,
+    )
+
+
+def _settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given."""
+    given = {name: getattr(parsed, name) for name in SETTINGS if getattr(parsed, name) is not None}
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    return given
+
+
+# chat
+
+
+def _chat(arguments: list[str]) -> int:
+    parser = _Parser(
+        "mixtral-mlx chat",
+        description="Talk with a model. In a pipe, each line of stdin is a message, and the replies go to stdout.",
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
+    parser.add_argument("--one", action="store_true", help="all of stdin is one message")
+    parser.add_argument("--quiet", action="store_true", help="no banner and no progress bars")
+    _add_model(parser, "the demo")
+    _add_settings(parser, {"temperature": "0.7; for the demo 0", "top_p": "0.95; for the demo 1"})
+    parsed = parser.parse(arguments)
+    from .chat import run
+
+    name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
+    return run(_model_choice(parsed, name), system=parsed.system, settings=_settings(parsed), one=parsed.one)
+
+
+# generate
+
+_GENERATE = """Complete a prompt: --prompt, --prompt-ids, or stdin, whose last line end is not part of it.
+The text goes to stdout as it comes and ends with a new line."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `generate` was asked: a prompt as text or as ids, and what to do with it."""
+
+    choice: ModelChoice
+    text: str | None
+    ids: tuple[int, ...]
+    chat: bool
+    system: str
+    settings: dict[str, Any]
+    as_json: bool
+
+
+def _generate(arguments: list[str]) -> int:
+    request = _parse_generate(arguments)
+    ready = open_model(request.choice)
+    prompt = _prompt_ids(request, ready.tokenizer)
+    chunks = _complete(request, ready, prompt)
+    last = chunks[-1]
+    if request.as_json:
+        _print_json(_report(ready, chunks))
+    elif last.finish_reason == "length" and sys.stderr.isatty() and not request.choice.quiet:
+        print(f"[cut off after {last.usage.completion_tokens:,} tokens, see --max-tokens]", file=sys.stderr)
+    return 130 if last.finish_reason == "cancelled" else 0
+
+
+def _parse_generate(arguments: list[str]) -> _Request:
+    parser = _Parser("mixtral-mlx generate", description=_GENERATE)
+    parser.add_argument("--prompt", metavar="TEXT", help="text to complete")
+    parser.add_argument("--prompt-ids", type=_ids, metavar="1,2,3", help="token ids to complete, taken as they are")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message, to be answered")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt, with --chat")
+    parser.add_argument("--json", action="store_true", help="print one object: text, tokens, usage, timings, memory")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_model(parser, "required")
+    _add_settings(parser, {"temperature": "0", "max_tokens": str(_MAX_TOKENS)})
+    parsed = parser.parse(arguments)
+    name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
+    if not name:
+        raise UsageError(
+            "No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo for the built-in toy."
+        )
+    if parsed.prompt is not None and parsed.prompt_ids is not None:
+        raise UsageError("Both --prompt and --prompt-ids were given, expected one.", code="bad_option")
+    if parsed.prompt_ids is not None and parsed.chat:
+        raise UsageError("--chat needs text, got --prompt-ids.", code="bad_option")
+    if parsed.system and not parsed.chat:
+        raise UsageError("--system goes with --chat only.", code="bad_option", hint="Add --chat.")
+    text = _stdin_text() if parsed.prompt is None and parsed.prompt_ids is None else parsed.prompt
+    settings = {"max_tokens": _MAX_TOKENS, **_settings(parsed)}
+    ids = tuple(parsed.prompt_ids or ())
+    return _Request(_model_choice(parsed, name), text, ids, parsed.chat, parsed.system, settings, parsed.json)
+
+
+_MAX_TOKENS = 512
+
+
+def _ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected whole numbers with commas between them")
+    return [int(part) for part in parts]
+
+
+def _stdin_text() -> str:
+    if sys.stdin.isatty():
+        print("Reading the prompt from the keyboard; Ctrl-D on a line of its own ends it.", file=sys.stderr)
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt on stdin is not UTF-8 text: {error.reason}.", code="not_text") from None
+
+
+def _prompt_ids(request: _Request, tokenizer: Tokenizer) -> list[int]:
+    if request.text is None:
+        return list(request.ids)
+    if not request.chat:
+        return tokenizer.encode(request.text)
+    system = [Message("system", request.system)] if request.system else []
+    return tokenizer.encode_chat([*system, Message("user", request.text)])
+
+
+def _complete(request: _Request, ready: Ready, prompt: list[int]) -> list[Chunk]:
+    """Generate, showing text as it comes unless it is to be JSON."""
+    from .generate import stream_generate
+
+    quiet = request.choice.quiet
+    view = None if request.as_json else PlainText()
+    shown = clean if sys.stdout.isatty() else str
+    collected = []
+    with mlx_failures(), CtrlC() as stopped, Bar("Reading the prompt", quiet=quiet, at_least=LONG_PROMPT) as bar:
+        chunks = stream_generate(
+            ready.loaded.model,
+            ready.tokenizer,
+            prompt,
+            _sampling(request),
+            conversation=ready.conversation,
+            on_prompt=bar,
+            cancelled=stopped,
+        )
+        for chunk in chunks:
+            collected.append(chunk)
+            if view:
+                view.add(shown(chunk.text))
+    if view:
+        view.finish()
+    return collected
+
+
+def _sampling(request: _Request) -> Sampling:
+    from .generate import Sampling
+
+    return Sampling(**request.settings)
+
+
+def _report(ready: Ready, chunks: list[Chunk]) -> dict[str, Any]:
+    """The object `--json` prints. Other programs read these names."""
+    usage: Usage = chunks[-1].usage
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "tokens": [chunk.token for chunk in chunks if chunk.token is not None],
+        "finish_reason": chunks[-1].finish_reason,
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+        },
+        "timings": {
+            "load_s": round(ready.loaded.seconds, 4),
+            "first_token_s": round(usage.prompt_seconds, 4),
+            "prompt_tps": round(usage.prompt_tps, 2),
+            "generation_tps": round(usage.generation_tps, 2),
+        },
+        "memory": _memory(ready),
+    }
+
+
+def _memory(ready: Ready) -> dict[str, Any]:
+    # With every expert resident none is ever looked for: no hits, no misses, and each weight read once.
+    return {
+        "mode": "resident",
+        "budget_bytes": None,
+        "peak_bytes": peak_bytes(),
+        "slots_per_layer": ready.loaded.config.num_local_experts,
+        "expert_hits": 0,
+        "expert_misses": 0,
+        "bytes_read": ready.loaded.weights_bytes,
+    }
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"chat": _chat, "generate": _generate}

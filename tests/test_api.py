@@ -1,0 +1,78 @@
+"""The package as others see it: what importing does, what it offers, and which module may use which."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mixtral_mlx
+
+PACKAGE = Path(mixtral_mlx.__file__).parent
+
+LAYERS: dict[str, set[str]] = {
+    "config": set(),
+    "memory": set(),
+    "model": {"config", "memory"},
+    "weights": {"config", "memory", "model"},
+    "prompt": {"config"},
+    "generate": {"config", "memory", "model", "prompt"},
+}
+
+
+def test_importing_does_nothing() -> None:
+    script = """
+import json, os, resource, sys, threading
+before = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ), threading.active_count()
+import mixtral_mlx
+after = resource.getrlimit(resource.RLIMIT_NOFILE), dict(os.environ), threading.active_count()
+loaded = {name.partition(".")[0] for name in sys.modules}
+heavy = loaded & {"mlx", "mlx_lm", "transformers", "numpy", "rich", "mistral_common"}
+print(json.dumps([before == after, sorted(heavy)]))
+"""
+    answer = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert json.loads(answer.stdout) == [True, []]
+    assert answer.stderr == ""
+
+
+def test_using_a_model_leaves_the_limit_on_open_files_alone() -> None:
+    script = """
+import resource
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+from mixtral_mlx import load, stream_generate
+import mlx_lm.generate
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == before, resource.getrlimit(resource.RLIMIT_NOFILE)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", mixtral_mlx.__all__)
+def test_every_public_name_exists_and_is_documented(name: str) -> None:
+    assert getattr(mixtral_mlx, name).__doc__
+    assert name in dir(mixtral_mlx)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = mixtral_mlx.nonsense
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_point_downwards_only(module: str) -> None:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    imported = {
+        node.module.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    }
+    assert imported <= LAYERS[module]
+
+
+def test_the_package_docstring_names_every_module() -> None:
+    documented = mixtral_mlx.__doc__ or ""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert {name for name in modules if name not in documented} == set()
