@@ -165,7 +165,7 @@ def sorted_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor
     weighted = torch.cat(outputs) * weights.reshape(-1).index_select(0, order)[:, None]  # (N·K, D)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
-    return weighted.index_select(0, back).view(*chosen.shape, -1).sum(1)  # (N, D)
+    return weighted.index_select(0, back).view(*chosen.shape, -1).sum(1).to(hidden.dtype)  # (N, D)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
