@@ -22,6 +22,4 @@ for question in ("What is the capital of France?", "And of Italy?", "What is 12 
         reply += chunk.text
     messages.append(Message("assistant", reply))
     usage = chunk.usage
-    print(
     print(f"\n  [{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} cached, {usage.completion_tokens} new]")
-    )

@@ -72,3 +72,4 @@ def test_the_quickstart_example_holds_a_conversation() -> None:
     answered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "The capital of France is Paris." in answered
     assert "The capital of Italy is Rome." in answered
+    assert answered.endswith(" new]\n")
