@@ -360,7 +360,7 @@ def _step(sampled: _Sampled) -> _Step:
 
 
 class StopStrings:
-    """Ends a text exactly where the first of several strings begins, however it is cut into parts."""
+    """Ends a text where the first of several strings to be complete begins, however the text is cut into parts."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
@@ -372,10 +372,11 @@ class StopStrings:
         if self.hit:
             return ""
         self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.hit = True
-            shown, self.held = self.held[: min(found)], ""
+            _, start = min(found)
+            shown, self.held = self.held[:start], ""
             return shown
         keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
         cut = len(self.held) - keep

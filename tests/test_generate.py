@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
 
@@ -128,13 +128,15 @@ def test_the_turn_after_a_stop_is_unharmed(model: Model, tokenizer: Tokenizer) -
     assert tokens_of(again) == tokens_of(run(model, tokenizer, following))
 
 
+@example("\naa", ["a", "\naa"], [2])
 @given(
     st.text("ab\né", max_size=30),
     st.lists(st.text("ab\né", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 5), max_size=40),
 )
 def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text: str, stops: list[str], sizes: list[int]) -> None:
-    expected = min((text.split(stop)[0] for stop in stops), key=len, default=text)
+    complete = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    expected = text[: min(complete)[1]] if complete else text
     matcher, shown, rest = StopStrings(stops), "", text
     for size in [*sizes, len(text)]:
         shown += matcher.feed(rest[:size])
