@@ -554,9 +554,10 @@ RECIPES: dict[str, tuple[int, int] | None] = {
     "f16": None,
 }
 _ROUTER_BITS = 8
+_GROUP_SIZE = 64
 
 
-def recipe(config: Config, name: str, *, group_size: int = 64, mode: str = "affine") -> Quantization | None:
+def recipe(config: Config, name: str, *, group_size: int = _GROUP_SIZE, mode: str = "affine") -> Quantization | None:
     """The quantization that recipe `name` gives `config`; None for the recipes that leave floats.
 
     `mode` other than "affine" applies to the experts, in the group size that mode has."""
@@ -566,6 +567,10 @@ def recipe(config: Config, name: str, *, group_size: int = 64, mode: str = "affi
     if chosen is None:
         return None
     expert_bits, dense_bits = chosen
+    dense, router = (
+        _packing({"bits": b, "group_size": group_size}, f"recipe {name}") for b in (dense_bits, _ROUTER_BITS)
+    )
+    experts = _packing({"bits": expert_bits, "group_size": group_size}, f"recipe {name}")
     if mode not in _MODES:
         raise ConfigError(f"There is no mode {shown(mode)}, only {', '.join(_MODES)}.", code="bad_recipe")
     if mode != "affine":
@@ -573,9 +578,6 @@ def recipe(config: Config, name: str, *, group_size: int = 64, mode: str = "affi
         if mode_bits != expert_bits:
             raise ConfigError(f"Mode {mode} has {mode_bits} bits, recipe {name} {expert_bits}.", code="bad_recipe")
         experts = Packing(mode_bits, mode_group, mode)
-    else:
-        experts = _packing({"bits": expert_bits, "group_size": group_size}, f"recipe {name}")
-    dense, router = Packing(dense_bits, group_size), Packing(_ROUTER_BITS, group_size)
     overrides: dict[str, Packing | None] = {}
     for path in config.modules():
         if path.endswith(".gate"):
@@ -588,16 +590,27 @@ def recipe(config: Config, name: str, *, group_size: int = 64, mode: str = "affi
 def recipe_of_patterns(config: Config, patterns: Any) -> Quantization:
     """A recipe given as data: `{"*": 4, "*.self_attn.*": 8, "lm_head": {"bits": 6, "group_size": 32}}`.
 
-    Keys are shell patterns for module paths, values are bits or packings, null leaves floats; the last match counts."""
+    Keys are shell patterns for module paths, values are bits or packings, null leaves floats; the last match counts.
+    What no pattern matches stays floats, and a router below 8 bits gets 8."""
     if not isinstance(patterns, Mapping) or not patterns:
         raise ConfigError("A recipe file holds an object of patterns and bits.", code="bad_recipe")
     packings = {pattern: _recipe_entry(pattern, value) for pattern, value in patterns.items()}
+    paths = list(config.modules())
+    for pattern in packings:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ConfigError(
+                f"The recipe's pattern {shown(pattern)} fits no module.",
+                code="bad_recipe",
+                hint=f"Modules are named like {paths[1]}, {paths[6]} and {paths[0]}.",
+            )
     chosen: dict[str, Packing | None] = {}
-    for path in config.modules():
+    for path in paths:
         matching = [packing for pattern, packing in packings.items() if fnmatchcase(path, pattern)]
-        chosen[path] = matching[-1] if matching else None
-        if path.endswith(".gate") and chosen[path] and chosen[path].bits < _ROUTER_BITS:  # type: ignore[union-attr]
-            chosen[path] = Packing(_ROUTER_BITS)
+        packing = matching[-1] if matching else None
+        if path.endswith(".gate") and packing and packing.bits < _ROUTER_BITS:
+            group_size = packing.group_size if packing.mode == "affine" else _GROUP_SIZE
+            packing = Packing(_ROUTER_BITS, group_size)
+        chosen[path] = packing
     default = next((packing for packing in chosen.values() if packing), None)
     if default is None:
         raise ConfigError("This recipe quantizes nothing; use the recipe bf16 or f16.", code="bad_recipe")
@@ -608,4 +621,12 @@ def _recipe_entry(pattern: str, value: Any) -> Packing | None:
     if value is None:
         return None
     entry = value if isinstance(value, Mapping) else {"bits": value}
-    return _packing({"group_size": 64, **entry}, f"recipe entry {shown(pattern)}")
+    if unknown := entry.keys() - {"bits", "group_size", "mode"}:
+        raise ConfigError(
+            f"The recipe's entry {shown(pattern)} holds {shown(min(unknown))}, known are bits, group_size and mode.",
+            code="bad_recipe",
+        )
+    mode = entry.get("mode", "affine")
+    groups = _MODES[mode][1] if isinstance(mode, str) and mode in _MODES else ()
+    default = groups[0] if len(groups) == 1 else _GROUP_SIZE
+    return _packing({"group_size": default, **entry}, f"recipe entry {shown(pattern)}")
