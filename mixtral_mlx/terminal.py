@@ -132,12 +132,21 @@ class Bar:
         if done >= total:
             self.__exit__()
 
+    def above(self, line: str) -> None:
+        """Print a line on stderr, above the bar if there is one."""
+        if self._progress:
+            self._progress.console.print(clean(line), markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(clean(line), file=sys.stderr, flush=True)
+
     def _start(self) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as TimeLeft
+        from rich.progress import TransferSpeedColumn as Speed
 
-        amount = DownloadColumn() if self.size == "bytes" else MofNCompleteColumn()
-        columns = (TextColumn("{task.description}"), BarColumn(), amount)
+        amount = (DownloadColumn(), Speed(), TimeLeft()) if self.size == "bytes" else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}"), BarColumn(24), *amount)
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
         progress.add_task(self.label)
         progress.start()

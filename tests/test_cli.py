@@ -76,8 +76,7 @@ TOP = [
     ("", "no_command", "mixtral-mlx --help"),
     ("cht", "unknown_command", "Did you mean chat?"),
     ("--model x chat", "no_command", "--model stands before the command"),
-    *((name, "not_available", name) for name in ("convert", "verify", "plan", "serve", "helper", "bench")),
-    *((name, "not_available", name) for name in ("perplexity", "routes")),
+    *((name, "not_available", name) for name in ("plan", "serve", "helper", "bench", "routes")),
 ]
 
 
@@ -114,7 +113,19 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
         assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("line", ["--help", "-h", "chat --help", "generate --help", "--version"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "-h",
+        "chat --help",
+        "generate --help",
+        "convert --help",
+        "verify --help",
+        "perplexity --help",
+        "--version",
+    ],
+)
 def test_help_and_version_go_to_stdout(capsys: pytest.CaptureFixture[str], line: str) -> None:
     assert cli.main(line.split()) == 0
     out, err = capsys.readouterr()
@@ -211,6 +222,7 @@ def test_help_and_usage_errors_import_neither_mlx_nor_anything_else_slow() -> No
 import sys
 from mixtral_mlx.cli import main
 assert main(["chat", "--help"]) == 0 and main(["generate", "--bogus"]) == 2
+assert main(["convert", "--help"]) == 0 and main(["verify", "--help"]) == 0 and main(["perplexity", "--help"]) == 0
 slow = "mlx mlx_lm rich prompt_toolkit numpy transformers mistral_common huggingface_hub sentencepiece"
 print([name for name in slow.split() if name in sys.modules], file=sys.stderr)
 """
