@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +31,9 @@ from mlx.utils import tree_flatten
 
 from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
 from .memory import activation_dtype, ram_bytes
-from .model import Model
+
+if TYPE_CHECKING:
+    from .model import Model
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -196,6 +198,10 @@ def load(
             hint="Use a checkpoint quantized to fewer bits.",
         )
     arrays = read_tensors(checkpoint.tensors, cast_to, on_progress=on_progress, cancelled=cancelled)
+    from .model import (
+        Model,
+    )  # Here, since it brings mlx-lm, which takes seconds to import and converting can do without.
+
     names = {name for name, _ in arrays}
     # The model's own initial weights stay unevaluated: they never take memory.
     model = Model(checkpoint.config)
