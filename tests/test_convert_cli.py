@@ -197,12 +197,12 @@ _PRESSED = """
 import itertools, os, signal, sys
 from mixtral_mlx.convert.names import Matrix
 from mixtral_mlx.cli import main
-read, count = Matrix.read, itertools.count()
+blocks, count = Matrix.blocks, itertools.count()
 def pressed(self):
     if next(count) == 20:
         os.kill(os.getpid(), signal.SIGINT)
-    return read(self)
-Matrix.read = pressed
+    return blocks(self)
+Matrix.blocks = pressed
 sys.exit(main(sys.argv[1:]))
 """
 
