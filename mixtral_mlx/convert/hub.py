@@ -137,11 +137,6 @@ class Listing:
         """Bytes of all needed files."""
         return sum(file.size for file in self.needed)
 
-    @property
-    def to_fetch_bytes(self) -> int:
-        """Bytes of the needed files that are not in the Hugging Face cache."""
-        return sum(file.size for file in self.needed if cached(self, file) is None)
-
 
 def list_files(
     source: str, revision: str | None = None, *, offline: bool = False, patience: Patience = Patience()
@@ -213,18 +208,6 @@ def prefetch(
     finally:
         if turn:
             turn.stopped.set()
-
-
-def check_disk(folder: Path, need_bytes: int) -> None:
-    """Raise `HubError` if the disk that `folder` is or will be on has less than `need_bytes` free."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    if need_bytes > free:
-        raise HubError(
-            f"This takes {need_bytes:,} bytes of disk, {there} has {free:,} free.",
-            code="disk_full",
-            hint="Make room, or choose a smaller recipe or another disk.",
-        )
 
 
 def cached(listing: Listing, file: HubFile) -> Path | None:
