@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 from mixtral_mlx.config import Config, MixtralError
-from mixtral_mlx.convert import hub as hubs
 from mixtral_mlx.convert import run
+from mixtral_mlx.convert.patience import Patience
 from mixtral_mlx.convert.pipeline import Events
 from mixtral_mlx.convert.run import Request, convert
 from mixtral_mlx.convert.verify import verify
@@ -65,9 +65,9 @@ def go_to(url: str, cache: Path, put: Callable[[object, str, object], None] = se
     put(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     put(constants, "HF_HUB_CACHE", str(cache))
     put(constants, "HF_HUB_OFFLINE", False)
-    patience = hubs.Patience(sleep=lambda seconds: None)
+    patience = Patience(sleep=lambda seconds: None)
     for name in ("list_files", "fetch", "prefetch"):
-        put(run, name, partial(getattr(hubs, name), patience=patience))
+        put(run, name, partial(getattr(run, name), patience=patience))
 
 
 def disk_of(folder: Path) -> int:

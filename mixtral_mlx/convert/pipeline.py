@@ -2,7 +2,7 @@
 
 One matrix is read, quantized and written to its place at a time, whatever the model's size. Everything happens in
 `DEST.partial`, whose journal lets the same command go on where it was killed. What a source is made of, and where it
-comes from, is left to `source`, `names` and `hub`."""
+comes from, is left to `source`, `names` and `fetch`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from typing import Any
 from ..config import RECIPES, Config, Quantization, read_json, recipe, recipe_of_patterns, shown
 from ..weights import Progress
 from . import mlx as mlx_folders
-from .hub import HubFile, Listing, cached, fetch, list_files, prefetch
+from .fetch import fetch, prefetch
+from .hub import HubFile, Listing, cached, list_files
 from .journal import SOURCE, Journal, allocated, disk_errors
 from .names import ConvertError, Piece, all_piece_names, matrices, some_matrices
 from .pipeline import Conversion, Events, Target, Written, check_room, deliver, is_finished, versions
