@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 from mixtral_mlx.config import Config, MixtralError
-from mixtral_mlx.convert import run
+from mixtral_mlx.convert import run, streamed
 from mixtral_mlx.convert.patience import Patience
 from mixtral_mlx.convert.pipeline import Events
 from mixtral_mlx.convert.run import Request, convert
@@ -66,8 +66,8 @@ def go_to(url: str, cache: Path, put: Callable[[object, str, object], None] = se
     put(constants, "HF_HUB_CACHE", str(cache))
     put(constants, "HF_HUB_OFFLINE", False)
     patience = Patience(sleep=lambda seconds: None)
-    for name in ("list_files", "fetch", "prefetch"):
-        put(run, name, partial(getattr(run, name), patience=patience))
+    for module, name in ((run, "list_files"), (run, "fetch"), (streamed, "prefetch")):
+        put(module, name, partial(getattr(module, name), patience=patience))
 
 
 def disk_of(folder: Path) -> int:
