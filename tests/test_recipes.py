@@ -11,16 +11,18 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx_lm
 import pytest
+import sentencepiece
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
 
 from mixtral_mlx.config import KNOWN, RECIPES, Config, ConfigError, Packing, recipe, recipe_of_patterns
 from mixtral_mlx.convert.run import Request, convert
-from mixtral_mlx.prompt import Tokenizer
 from mixtral_mlx.weights import load
 
 from .checkpoints import read_arrays
 from .conversions import SOURCE, quick_tokenizer, write_source
+from .test_tokenizer_json import carried, conversations, odd_texts
 
 __all__ = ["quick_tokenizer"]
 PATTERNS = {"*": {"bits": 4, "group_size": 32}, "*.layers.1.*": 3, "model.embed_tokens": None}
@@ -31,7 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "nvfp4": {"recipes": ("q4",), "mode": "nvfp4"},
     "mxfp8": {"recipes": ("q8",), "mode": "mxfp8"},
     "file": {"recipe_file": PATTERNS},
+    "keep": {"recipes": ("keep",)},
 }
+TEXT = "Grüß dich, 你好  \n\tworld 🙂"
 PROMPT = [1, 733, 16289, 28793, 22557, 733, 28748]
 
 
@@ -46,6 +50,9 @@ def converted(source: Path, folder: Path, way: dict[str, Any]) -> tuple[Path, fl
         file = folder / "recipe.json"
         file.write_text(json.dumps(way["recipe_file"]))
         way = {"recipe_file": file}
+    if way.get("recipes") == ("keep",):
+        convert(Request(str(source), folder / "quantized"))
+        source = folder / "quantized"
     report = convert(Request(str(source), folder / "dest", **way))
     return folder / "dest", report.written[0].bits_per_weight
 
@@ -60,27 +67,43 @@ def greedy(model: Any, count: int = 32) -> list[int]:
 
 @pytest.mark.usefixtures("quick_tokenizer")
 @pytest.mark.parametrize("name", WAYS)
-def test_every_recipe_takes_the_bits_it_says_and_gives_mlx_lms_tokens(source: Path, tmp_path: Path, name: str) -> None:
+def test_every_recipe_takes_the_bits_it_says_and_loads_in_mlx_lm_to_the_same_tokens(
+    source: Path, tmp_path: Path, name: str
+) -> None:
     folder, reported = converted(source, tmp_path, WAYS[name])
     assert reported == pytest.approx(bits_per_weight(Config.read(folder)), rel=1e-12)
     assert sum(array.nbytes for array in read_arrays(folder).values()) * 8 == pytest.approx(
         reported * SOURCE.parameters()
     )
     ours = load(folder, dtype="float32").model
-    theirs, _ = load_model(folder)
+    theirs, tokenizer = mlx_lm.load(str(folder))[:2]
     theirs.set_dtype(mx.float32)  # What it computes in otherwise rounds the router.
     tokens = greedy(ours)
     assert len(set(tokens)) > 8
     assert greedy(theirs) == tokens
+    assert tokenizer.encode(TEXT) == [1, *sentencepiece_ids(folder, [TEXT])[0]]
 
 
-def test_mlx_lm_loads_model_and_tokenizer(source: Path, tmp_path: Path) -> None:
+def sentencepiece_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    model: Any = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids: list[list[int]] = model.encode(texts)
+    return ids
+
+
+def test_what_mlx_lm_loads_encodes_2000_odd_texts_and_100_chats_as_the_references_do(
+    source: Path, tmp_path: Path
+) -> None:
     folder, _ = converted(source, tmp_path, {})
-    _, tokenizer = mlx_lm.load(str(folder))[:2]
-    text = "Grüß dich, 你好  \n\tworld 🙂"
-    assert tokenizer.encode(text) == Tokenizer.read(folder).encode(text)
-    messages = [{"role": "user", "content": text}]
-    assert tokenizer.apply_chat_template(messages)[:4] == [1, 733, 16289, 28793]
+    tokenizer: Any = mlx_lm.load(str(folder))[1]
+    texts = [TEXT, *odd_texts(2100)]
+    assert len(texts) > 2000
+    for text, ids in zip(texts, sentencepiece_ids(folder, texts), strict=True):
+        assert tokenizer.encode(text) == [1, *ids], text
+    reference = MistralTokenizer.from_file(carried("v1"))
+    for messages in conversations(100):
+        request: Any = ChatCompletionRequest.model_validate({"messages": messages})
+        expected = reference.encode_chat_completion(request).tokens
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == expected, messages
 
 
 @pytest.mark.usefixtures("quick_tokenizer")
