@@ -253,6 +253,14 @@ def test_a_missing_shard_and_a_missing_tokenizer_are_found_at_once(source: Path,
         shutil.rmtree(place / "new")
 
 
+def test_a_tensor_that_stands_twice_is_named_in_plain_text(source: Path, place: Path, tmp_path: Path) -> None:
+    twice = {"\x1b[2J": mx.zeros((1,))}
+    shutil.copytree(source, tmp_path / "twice")
+    write_weights(tmp_path / "twice", twice, twice)
+    (tmp_path / "twice" / "model.safetensors.index.json").unlink()
+    assert_refused(Request(str(tmp_path / "twice"), place / "new"), "duplicate_tensor", r"'\x1b[2J'")
+
+
 # The disk.
 
 

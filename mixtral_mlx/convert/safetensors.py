@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..config import shown
 from ..weights import MLX_DTYPES, Span, bytes_of, opened_file, read_header, read_into
 from .names import ConvertError, Stored
 
@@ -41,7 +42,7 @@ def open_safetensors(files: Iterable[Path]) -> dict[str, Stored]:
         with opened_file(file) as fd:
             spans = read_header(file, fd)
         if twice := tensors.keys() & spans.keys():
-            raise ConvertError(f"{file} holds {min(twice)}, and so does another file.", code="duplicate_tensor")
+            raise ConvertError(f"{file} holds {shown(min(twice))}, another file too.", code="duplicate_tensor")
         tensors |= {name: SafetensorsTensor(span) for name, span in spans.items()}
     return tensors
 
