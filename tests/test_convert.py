@@ -253,6 +253,12 @@ def test_a_missing_shard_and_a_missing_tokenizer_are_found_at_once(source: Path,
         shutil.rmtree(place / "new")
 
 
+def test_names_too_long_for_a_path_are_refused(source: Path, place: Path) -> None:
+    assert_refused(Request("x" * 300, place / "new"), "no_model")
+    assert_refused(Request(f"org/repo{'/x' * 3000}", place / "new"), "no_model")
+    assert_refused(Request(str(source), place / ("x" * 300)), "unwritable", "File name too long")
+
+
 def test_a_tensor_that_stands_twice_is_named_in_plain_text(source: Path, place: Path, tmp_path: Path) -> None:
     twice = {"\x1b[2J": mx.zeros((1,))}
     shutil.copytree(source, tmp_path / "twice")

@@ -57,7 +57,7 @@ class Order:
         self.kept_source = self.dest.with_name(self.dest.name + "-source")
         if not self.work.parent.is_dir():
             raise ConvertError(f"There is no folder {self.work.parent}.", code="no_folder", hint="Create it first.")
-        if not self.work.exists():
+        if not os.path.lexists(self.work):
             self.check_free()
 
     def _recipe_names(self) -> tuple[str, ...]:

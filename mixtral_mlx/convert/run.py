@@ -44,7 +44,7 @@ def convert(request: Request, events: Events = Events()) -> Report:
     start = time.perf_counter()
     order = Order(request)
     path = Path(os.path.abspath(os.path.expanduser(request.source)))  # noqa: PTH100, PTH111 - links are not followed
-    local = open_source(path) if path.exists() else None
+    local = open_source(path) if os.path.exists(path) else None  # noqa: PTH110 - a name may be too long for a path
     if local is None and not _REPOSITORY.fullmatch(request.source):
         raise ConvertError(
             f"There is no {request.source}.",
