@@ -1,11 +1,12 @@
 """The process that hostile folders are opened in: takes one a line on stdin and says what came of it.
 
-What it may say is `used` (it loaded, ran and generated) or `refused` with a code. Any other exception is `raised`; a
-crash or a hang is for the process that watches this one to see."""
+What it may say is `used` (it loaded, ran and generated, or was converted) or `refused` with a code, and which paths
+were touched. Any other exception is `raised`; a crash or a hang is for the process that watches this one to see."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mixtral_mlx.config import MixtralError
+from mixtral_mlx.convert.run import Request, convert
 from mixtral_mlx.generate import Sampling, stream_generate
 from mixtral_mlx.memory import peak_rss_bytes
 from mixtral_mlx.prompt import Message, Tokenizer
@@ -57,9 +59,24 @@ def use_tokenizer(folder: Path) -> None:
     tokenizer.encode_chat([Message("user", "Hi")])
 
 
+def use_source(folder: Path) -> None:
+    """Convert what is in `folder` to a folder beside it."""
+    convert(Request(str(folder), folder.with_name("dest"), ("bf16",)))
+
+
+TOUCHED: set[str] = set()
+"""Every path that was opened, listed, made, moved or removed for the case at hand."""
+
+
+def heard(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" or event.startswith(("os.", "shutil.")):
+        paths = arguments[:1] if event == "open" else arguments  # What follows there is a mode.
+        TOUCHED.update(os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike))
+
+
 def answer(kind: str, folder: Path) -> dict[str, Any]:
     try:
-        {"model": use_model, "tokenizer": use_tokenizer}[kind](folder)
+        {"model": use_model, "tokenizer": use_tokenizer, "source": use_source}[kind](folder)
     except MixtralError as error:
         message = f"{error} {error.hint}"
         if not error.code or len(message) > 1000 or not message.isprintable():
@@ -74,7 +91,10 @@ if __name__ == "__main__":
     # The first sums are slow, as is what is imported late; time counts from the first case.
     import_module("mistral_common.tokens.tokenizers.mistral")
     mx.eval(mx.softmax(mx.random.normal((4, 4)) @ mx.ones((4, 4))))
+    sys.addaudithook(heard)
     print("ready", flush=True)
     for line in sys.stdin:
         case = json.loads(line)
-        print(json.dumps({**answer(case["kind"], Path(case["folder"])), "peak": peak_rss_bytes()}), flush=True)
+        TOUCHED.clear()
+        said = answer(case["kind"], Path(case["folder"]))
+        print(json.dumps({**said, "touched": sorted(TOUCHED), "peak": peak_rss_bytes()}), flush=True)
