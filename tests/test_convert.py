@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -329,21 +330,42 @@ def test_a_limit_on_the_size_of_files_is_said(source: Path, tmp_path: Path) -> N
     assert not (tmp_path / "dest").exists()
 
 
+def use_a_small_disk(source: Path, disk: Path) -> None:
+    """Convert to a disk of 16 MiB: half full, and empty."""
+    (disk / "mine").write_bytes(bytes(8 << 20))
+    assert_refused(Request(str(source), disk / "new", ("bf16",)), "disk_full", "bytes free")
+    (disk / "mine").unlink()
+    convert(Request(str(source), disk / "new", ("q2",)))
+    verify(disk / "new")
+
+
+def with_a_small_disk(disk: Path) -> list[str]:
+    """What a command starts with to have a disk of 16 MiB at `disk`, which nobody else sees and ends with it."""
+    mount = 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"'
+    for options in (
+        "--user --map-root-user --mount",
+        "--mount",
+    ):  # The first takes no root, the second no namespace of users.
+        start = ["unshare", *options.split(), "sh", "-c", mount, str(disk)]
+        if shutil.which("unshare") and subprocess.run([*start, "true"], capture_output=True).returncode == 0:
+            return start
+    pytest.skip("nobody may mount a disk of their own here")
+
+
 @pytest.mark.long
 def test_a_small_disk_that_is_full_is_no_loss(source: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root may mount a disk")
-    try:
-        (disk / "mine").write_bytes(bytes(8 << 20))
-        assert_refused(Request(str(source), disk / "new", ("bf16",)), "disk_full", "bytes free")
-        (disk / "mine").unlink()
-        convert(Request(str(source), disk / "new", ("q2",)))
-        verify(disk / "new")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    program = """
+import sys
+from pathlib import Path
+from tests.test_convert import use_a_small_disk
+use_a_small_disk(*map(Path, sys.argv[1:]))
+"""
+    command = [*with_a_small_disk(disk), sys.executable, "-c", program, str(source), str(disk)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(disk.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_said(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
