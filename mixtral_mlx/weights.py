@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -255,12 +255,10 @@ def save(folder: Path, model: nn.Module, config: Config) -> None:
 
 
 def _write_folder(folder: Path, arrays: dict[str, mx.array], config: Config) -> None:
-    shards = list(_shards(arrays))
     weight_map: dict[str, str] = {}
-    for n, shard in enumerate(shards, 1):
-        file = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        mx.save_safetensors(str(folder / file), shard, metadata={"format": "mlx"})
-        weight_map |= dict.fromkeys(shard, file)
+    for file, names in shards({name: array.nbytes for name, array in arrays.items()}).items():
+        mx.save_safetensors(str(folder / file), {name: arrays[name] for name in names}, metadata={"format": "mlx"})
+        weight_map |= dict.fromkeys(names, file)
     total = sum(array.nbytes for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -268,6 +266,19 @@ def _write_folder(folder: Path, arrays: dict[str, mx.array], config: Config) -> 
     folder.chmod(0o755)
     for path in [*folder.iterdir(), folder]:
         _fsync(path)
+
+
+def shards(nbytes: Mapping[str, int]) -> dict[str, list[str]]:
+    """File name → the tensors it is to hold: in the order of `nbytes`, their sizes, and at most 5 GiB in a file."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in nbytes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = _MAX_SHARD_BYTES
+        groups[-1].append(name)
+        room -= size
+    return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
 def quantize(model: Model, config: Config, has_scales: Callable[[str], bool] = lambda path: True) -> None:
@@ -572,18 +583,6 @@ def _evaluated(tensor: Tensor, array: mx.array) -> tuple[Tensor, mx.array]:
 def _allocation_streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
     # Made once: MLX keeps a thread for every stream, for good.
     return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
-
-
-def _shards(arrays: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
-    shard: dict[str, mx.array] = {}
-    size = 0
-    for name, array in arrays.items():
-        if shard and size + array.nbytes > _MAX_SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = array
-        size += array.nbytes
-    yield shard
 
 
 @contextmanager

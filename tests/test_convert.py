@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import pytest
 
+from mixtral_mlx import weights
 from mixtral_mlx.config import Config, MixtralError, Packing
 from mixtral_mlx.convert.names import ConvertError
 from mixtral_mlx.convert.run import Request, convert
@@ -67,6 +68,21 @@ def test_what_comes_out_is_what_mlx_quantize_makes_of_the_source(source: Path, t
 def test_floats_come_out_bit_for_bit(source: Path, tmp_path: Path) -> None:
     convert(Request(str(source), tmp_path / "dest", ("bf16",)))
     assert_same(read_arrays(tmp_path / "dest"), source_arrays(source))
+
+
+def test_what_fills_several_files_is_cut_like_a_saved_model(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(Request(str(source), tmp_path / "one", ("q4",)))
+    monkeypatch.setattr(weights, "_MAX_SHARD_BYTES", 1 << 20)
+    convert(Request(str(source), tmp_path / "dest", ("q4",)))
+    loaded = load(tmp_path / "dest")
+    weights.save(tmp_path / "saved", loaded.model, loaded.config)
+    assert_same(read_arrays(tmp_path / "dest"), read_arrays(tmp_path / "one"))
+    names = [path.name for path in sorted((tmp_path / "dest").glob("model*"))]
+    assert len(names) > 3
+    assert names == [path.name for path in sorted((tmp_path / "saved").glob("model*"))]
+    verify(tmp_path / "dest")
 
 
 def test_two_recipes_in_one_pass_are_two_passes(source: Path, tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
+from ..weights import shards
 
-_MAX_SHARD_BYTES = 5 << 30
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4, "U8": 1}
@@ -53,13 +53,11 @@ class Layout:
             code = _CODES[config.dtype]
             specs = config.tensors().items()
             tensors = {name: (spec.shape, code if spec.kind == "float" else spec.kind) for name, spec in specs}
-        groups = list(_shards(tensors))
         headers: dict[str, bytes] = {}
         sizes: dict[str, int] = {}
         places: dict[str, Place] = {}
-        for n, group in enumerate(groups, 1):
-            file = f"model-{n:05}-of-{len(groups):05}.safetensors"
-            headers[file], sizes[file] = _file(file, group, places)
+        for file, names in shards({name: _nbytes(*tensor) for name, tensor in tensors.items()}).items():
+            headers[file], sizes[file] = _file(file, {name: tensors[name] for name in names}, places)
         return cls(config, headers, sizes, places)
 
     @property
@@ -88,18 +86,6 @@ class Layout:
 
 def _nbytes(shape: tuple[int, ...], code: str) -> int:
     return math.prod(shape) * _ITEM_BYTES[code]
-
-
-def _shards(tensors: _Tensors) -> Iterator[_Tensors]:
-    shard: dict[str, tuple[tuple[int, ...], str]] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + _nbytes(*tensor) > _MAX_SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += _nbytes(*tensor)
-    yield shard
 
 
 def _file(file: str, tensors: _Tensors, places: dict[str, Place]) -> tuple[bytes, int]:
