@@ -52,6 +52,8 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
     with CtrlC() as stopped, Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
         tokenizer = Tokenizer.read(folder)
         loaded = load(folder, dtype=choice.dtype, on_progress=bar, cancelled=stopped)
+    if loaded.note and not choice.quiet:
+        print(loaded.note, file=sys.stderr, flush=True)
     conversation = Conversation(loaded.model, kv_bits=choice.kv_bits, context=choice.context)
     is_demo = folder == locate(None)
     name = "the demo model" if is_demo else _model_name(choice.name or "", folder)

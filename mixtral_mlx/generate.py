@@ -300,8 +300,8 @@ def _read_prompt(
         if cancelled():
             return False
         chunk = prompt[done : min(done + _CHUNK_TOKENS, len(prompt) - 1)]
-        model(mx.array([chunk]), conversation.cache)
-        # Only the cache is asked for, so the chunk's logits are never computed.
+        # Only the cache is asked for: logits are for the last token alone.
+        model.model(mx.array([chunk]), conversation.cache)
         mx.eval([layer.state for layer in conversation.cache])
         done += len(chunk)
         conversation.tokens = prompt[:done]

@@ -37,6 +37,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         queries, keys = self.num_heads * config.head_dim, self.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)

@@ -29,6 +29,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from . import cpu
 from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
 from .memory import activation_dtype, ram_bytes
 
@@ -135,7 +136,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, with its configuration, the folder it came from and what loading took."""
+    """A model ready to run, with its configuration, the folder it came from and what loading took.
+
+    `note` says what would make it faster, if anything."""
 
     model: Model
     config: Config
@@ -143,6 +146,7 @@ class Loaded:
     dtype: str
     weights_bytes: int
     seconds: float
+    note: str = ""
 
 
 def locate(model: str | Path | None, *, offline: bool = False) -> Path:
@@ -177,10 +181,11 @@ def load(
     """Load a checkpoint folder into memory.
 
     `dtype` is what to compute in: "bfloat16", "float16", "float32", or "auto" (the checkpoint's own, float16 on M1
-    and M2). Takes our folders, mlx-community's, older unstacked ones and plain Hugging Face ones. `cancelled` is asked
-    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run the model on this thread."""
+    and M2, float32 on MLX's CPU backend). Takes our folders, mlx-community's, older unstacked ones and plain Hugging
+    Face ones. `cancelled` is asked between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run
+    the model on this thread."""
     start = time.perf_counter()
-    if mx.default_device() == mx.cpu:
+    if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
     if dtype != "auto" and dtype not in _DTYPE_NAMES.values():
         raise WeightsError(
@@ -208,19 +213,24 @@ def load(
     quantize(model, checkpoint.config, lambda path: f"{path}.scales" in names)
     model.load_weights(arrays, strict=True)
     model.eval()
-    return Loaded(model, checkpoint.config, folder, target, needed, time.perf_counter() - start)
+    if target == "float32" and cpu.is_available():
+        cpu.accelerate(model)
+    note = cpu.MISSING if cpu.is_backend() and not cpu.is_available() else ""
+    return Loaded(model, checkpoint.config, folder, target, needed, time.perf_counter() - start, note)
 
 
 def dtypes_for(asked: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
     """What to compute in, and what to cast all floats to (None: each stays as it is)."""
-    if checkpoint.has_float_experts and mx.default_device() == mx.cpu:  # There MLX multiplies these in float32 only.
-        if asked not in ("auto", "float32"):
+    if cpu.is_backend():
+        # There half types cost more than they save: what computes in them there is scalar code.
+        if asked in ("auto", "float32"):
+            return "float32", None if cpu.is_available() else "float32"
+        if checkpoint.has_float_experts:  # MLX multiplies these in float32 only.
             raise WeightsError(
                 f"{checkpoint.folder} has unquantized experts, which on the CPU run in float32, not in {asked}.",
                 code="unsupported_dtype",
                 hint="Leave the dtype out, or use a quantized checkpoint.",
             )
-        return "float32", "float32"
     target = activation_dtype(asked, checkpoint.dtype)
     # Nothing is cast unless another dtype was chosen: a checkpoint may keep some tensors wider on purpose.
     return target, None if target == checkpoint.dtype and asked == "auto" else target

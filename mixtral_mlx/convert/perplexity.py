@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask
 
+from .. import cpu
 from ..model import Model
 from ..prompt import Tokenizer
 from ..weights import Checkpoint, Progress, dtypes_for, quantize, read_tensors
@@ -45,7 +46,7 @@ def perplexity(
     """Score `folder` on `text`, cut into windows of `context` tokens; with `against`, also its divergence from that.
 
     The KL divergence is that of this model's distribution from the other's: sum of p_other · log(p_other / p_this)."""
-    if mx.default_device() == mx.cpu:
+    if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
     tokenizer = Tokenizer.read(folder)
     windows = _windows(tokenizer.encode(text, bos=False), context, tokenizer.bos_id)
@@ -129,6 +130,9 @@ class _Streamed:
         quantize(self.model, self.checkpoint.config, lambda path: f"{path}.scales" in names)
         for prefix in ("model.embed_tokens.", "model.norm.", "lm_head."):
             self._read(prefix)
+        if cpu.is_available():
+            self.model.eval()
+            cpu.accelerate(self.model)
 
     def hidden(self, windows: Sequence[Sequence[int]], steps: _Steps) -> list[mx.array]:
         """The last hidden states of each window, normalized: (1, T, D)."""

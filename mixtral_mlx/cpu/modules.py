@@ -1,0 +1,338 @@
+"""Modules that compute with `kernels` on MLX's own arrays: drop-ins for MLX's layers and for our decoder layer.
+
+They keep parameters, names and interface of what they stand for, which is how they are put into a model: an existing
+module is given one of these classes. While training they leave the work to MLX, which knows gradients; what an adapter
+has wrapped is computed module by module.
+
+B batch, T tokens, N = B·T, D hidden, H heads, S positions in the cache, E experts, K chosen experts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numba
+import numpy as np
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+
+from .. import model
+from . import kernels
+from .kernels import Weights
+from .simd import LANES
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+_FORMS = {mx.float32: kernels.FLOAT32, mx.bfloat16: kernels.BFLOAT16, mx.float16: kernels.FLOAT16}
+_FLOAT_GROUP = 32
+_QUERIES = 256
+_NOTHING = np.zeros(0, np.uint8)
+_NONE_HIDDEN = np.zeros((0, 0), np.bool_)
+# One caller at a time: some of numba's thread pools can serve no more, and there is one processor anyway.
+_lock = threading.RLock()
+
+
+def _threads() -> int:
+    """How many threads kernels run on. The first call starts them, to sleep while there is nothing to do.
+
+    OpenMP's own way is to wait busily, which brings everything to a halt where another program wants the core."""
+    with _lock:
+        before = os.environ.get("OMP_WAIT_POLICY")
+        os.environ["OMP_WAIT_POLICY"] = before or "passive"
+        try:
+            return numba.get_num_threads()
+        finally:
+            if before is None:
+                del os.environ["OMP_WAIT_POLICY"]
+
+
+def can_attend(attention: model.Attention) -> bool:
+    """Whether the kernels can compute with heads of this width."""
+    return attention.head_dim % LANES == 0
+
+
+def fits(module: nn.Module) -> bool:
+    """Whether the kernels can multiply with the weights of `module`."""
+    if "weight" not in module or "bias" in module or module.get("global_scale") is not None:
+        return False
+    quantized = "scales" in module
+    columns = module.scales.shape[-1] * module.group_size if quantized else module.weight.shape[-1]
+    if module.weight.shape[-2] % kernels.ROWS or columns % (LANES if quantized else _FLOAT_GROUP):
+        return False
+    if quantized and module.mode != "affine":
+        return module.mode in _TABLES
+    return (module.scales if quantized else module.weight).dtype in _FORMS
+
+
+def _e4m3() -> Floats:
+    """What each byte means as a float of 4 exponent and 3 mantissa bits."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    return np.where(codes & 128, -size, size).astype(np.float32)
+
+
+def _e2m1() -> Floats:
+    """What each half byte means as a float of 2 exponent bits and 1 mantissa bit."""
+    sizes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    return np.array([*sizes, *(-size for size in sizes)], np.float32)
+
+
+_CODES = np.arange(256, dtype=np.float32)
+_POWERS = np.append(np.exp2(np.arange(255, dtype=np.float32) - 127), np.float32("nan"))
+# What codes and scales mean.
+_TABLES = {"mxfp4": (_e2m1(), _POWERS), "nvfp4": (_e2m1(), _e4m3()), "mxfp8": (_e4m3(), _POWERS)}
+
+
+def weights_of(module: Any) -> Weights:
+    """The module's weights, as they lie in MLX's memory."""
+    weight = module["weight"]
+    packed, rows = np.frombuffer(weight, np.uint8), weight.shape[-2]
+    if "scales" not in module:
+        form, bits = _FORMS[weight.dtype], weight.itemsize * 8
+        columns = weight.shape[-1]
+        return Weights(packed, _NOTHING, _NOTHING, _CODES, _CODES, rows, columns, bits, _FLOAT_GROUP, 1, False, form)
+    scales, group, bits = module["scales"], module.group_size, module.bits
+    columns, stored = scales.shape[-1] * group, np.frombuffer(scales, np.uint8)
+    if module.mode != "affine":
+        codes, values = _TABLES[module.mode]
+        return Weights(packed, stored, _NOTHING, codes, values, rows, columns, bits, group, 1, True, kernels.TABLE)
+    planes = 8 // bits if bits in (2, 4, 8) and 8 // bits * LANES <= group else 1
+    biases, form = np.frombuffer(module["biases"], np.uint8), _FORMS[scales.dtype]
+    return Weights(packed, stored, biases, _CODES, _CODES, rows, columns, bits, group, planes, False, form)
+
+
+def _numpy(x: mx.array) -> Floats:
+    """The values of `x`, once they are there, as contiguous floats; in MLX's memory where they are that already."""
+    return np.ascontiguousarray(np.array(x if x.dtype == mx.float32 else x.astype(mx.float32), copy=False))
+
+
+class _Rows:
+    """Rows of x (N, K), laid out for products with weights of one format after the other."""
+
+    def __init__(self, x: Floats, plan: kernels.Plan, source: np.ndarray[Any, Any] | None = None) -> None:
+        self.x = x.reshape(-1)
+        self.columns = x.shape[-1]
+        self.plan = plan
+        self.source = plan.source if source is None else source
+        self.arranged: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+
+    @classmethod
+    def of(cls, x: Floats) -> _Rows:
+        """Rows for plain matrices."""
+        return cls(x, kernels.plan(np.zeros(len(x), np.uint32), 1, 1))
+
+    def times(self, module: Any) -> Floats:
+        """The product with the weights of `module`, its rows (P, N) in the order of the plan."""
+        weights = weights_of(module)
+        layout = (weights.planes, weights.group)
+        if layout not in self.arranged:
+            self.arranged[layout] = self._arrange(*layout)
+        plan, (x, sums) = self.plan, self.arranged[layout]
+        out = np.empty((len(self.source), weights.rows), np.float32)
+        kernels.multiply_rows(out.reshape(-1), x, sums, plan.counts, plan.starts, tuple(weights), _threads())
+        return out
+
+    def _arrange(self, planes: int, group: int) -> tuple[Floats, Floats]:
+        plan, rows = self.plan, len(self.source)
+        out, sums = np.empty(rows * self.columns, np.float32), np.empty(rows * (self.columns // group), np.float32)
+        kernels.arrange(out, sums, self.x, self.source, plan.starts, plan.alone, self.columns, group, planes)
+        return out, sums
+
+
+def _product(x: mx.array, module: Any) -> mx.array:
+    with _lock:
+        rows = _numpy(x).reshape(-1, x.shape[-1])
+        out = _Rows.of(rows).times(module)[: len(rows)]
+    return mx.array(out.reshape(*x.shape[:-1], -1)).astype(x.dtype)
+
+
+class Linear(nn.Linear):
+    """x (.., K) → (.., N)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) if self.training else _product(x, self)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """x (.., K) → (.., N)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) if self.training else _product(x, self)
+
+
+class Embedding(nn.Embedding):
+    """Ids → float32 rows; and as a matrix, for the head of a model with tied embeddings."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return super().__call__(ids).astype(mx.float32)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return super().as_linear(x) if self.training else _product(x, self)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """Ids → float32 rows; and as a matrix, for the head of a model with tied embeddings."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        scales, biases = self["scales"][ids], self.get("biases")
+        if self.mode == "affine":
+            scales, biases = scales.astype(mx.float32), biases[ids].astype(mx.float32)
+        rows = mx.dequantize(
+            self["weight"][ids], scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+        )
+        return rows.astype(mx.float32)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return super().as_linear(x) if self.training else _product(x, self)
+
+
+class Experts(SwitchGLU):
+    """x (B, T, D), chosen experts (B, T, K) → each chosen expert's output (B, T, K, D)."""
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        if self.training or not self.is_plain():
+            return super().__call__(x, indices)
+        mx.eval(x, indices)
+        with _lock:
+            chosen = np.array(indices, copy=False).reshape(-1)
+            rows, plan = self.outputs(_numpy(x).reshape(-1, x.shape[-1]), chosen, indices.shape[-1])
+            out = rows[plan.place]
+        return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
+
+    def is_plain(self) -> bool:
+        """Whether nothing has been wrapped around its matrices."""
+        plain = (SwitchLinear, QuantizedSwitchLinear)
+        return all(type(self[name]) in plain for name in ("gate_proj", "up_proj", "down_proj"))
+
+    def outputs(self, x: Floats, chosen: np.ndarray[Any, Any], per_token: int) -> tuple[Floats, kernels.Plan]:
+        """x (N, D), chosen (N · K,) → the experts' outputs (P, D), and the plan that says where each choice's is."""
+        plan = kernels.plan(chosen, self.gate_proj.num_experts, per_token)
+        rows = _Rows(x, plan)
+        hidden = rows.times(self.gate_proj)
+        kernels.silu_times(hidden.reshape(-1), rows.times(self.up_proj).reshape(-1))
+        return _Rows(hidden, plan, np.arange(len(hidden))).times(self.down_proj), plan
+
+
+class DecoderLayer(model.DecoderLayer):
+    """Attention, then experts. MLX turns positions and keeps the cache; everything else happens here."""
+
+    def __call__(self, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        if self.training or not self.is_plain():
+            return super().__call__(x, mask, cache)
+        with _lock:
+            hidden = _numpy(x).reshape(-1, x.shape[-1])
+            normalized = _normalized(hidden, self.input_layernorm)
+            hidden = hidden + self._attended(normalized.reshape(x.shape), mask, cache)
+            self._add_experts(hidden, _normalized(hidden, self.post_attention_layernorm))
+        return mx.array(hidden.reshape(x.shape))
+
+    def is_plain(self) -> bool:
+        """Whether nothing has been wrapped around its matrices."""
+        attention, moe = self.self_attn, self.block_sparse_moe
+        matrices = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        return (
+            all(type(matrix) in (Linear, QuantizedLinear) for matrix in matrices)
+            and type(moe.gate) in (nn.Linear, nn.QuantizedLinear)
+            and isinstance(moe.switch_mlp, Experts)
+            and moe.switch_mlp.is_plain()
+        )
+
+    def _attended(self, x: Floats, mask: Any, cache: Any) -> Floats:
+        """x (B, T, D) → (N, D)."""
+        B, T, D = x.shape
+        attention, rows = self.self_attn, _Rows.of(x.reshape(-1, D))
+        queries, keys, values = (
+            mx.array(rows.times(part)[: B * T].reshape(B, T, -1, attention.head_dim)).swapaxes(1, 2)
+            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        offset = cache.offset if cache is not None else 0
+        queries, keys = attention.rope(queries, offset=offset), attention.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        if hasattr(cache, "bits"):
+            out = scaled_dot_product_attention(queries, keys, values, cache, scale=attention.scale, mask=mask)
+            attended = _numpy(out.swapaxes(1, 2))
+        else:
+            mx.eval(queries, keys, values)
+            attended = _attend(_numpy(queries), _in_rows(keys), _in_rows(values), attention.scale, mask)
+        return _Rows.of(attended.reshape(B * T, -1)).times(attention.o_proj)[: B * T]
+
+    def _add_experts(self, hidden: Floats, x: Floats) -> None:
+        """hidden (N, D) += what the experts say to x (N, D), weighted by the router."""
+        moe = self.block_sparse_moe
+        per_token, experts = moe.num_chosen, moe.switch_mlp.gate_proj.num_experts
+        logits = _Rows.of(x).times(moe.gate)[: len(x)]
+        chosen, shares = np.empty(len(x) * per_token, np.int64), np.empty(len(x) * per_token, np.float32)
+        kernels.choose(chosen, shares, logits.reshape(-1), experts, per_token)
+        rows, plan = moe.switch_mlp.outputs(x, chosen, per_token)
+        kernels.combine(hidden.reshape(-1), rows.reshape(-1), plan.place, shares, per_token, hidden.shape[-1])
+
+
+def _normalized(x: Floats, norm: nn.RMSNorm) -> Floats:
+    scale = 1 / np.sqrt(np.einsum("nd,nd->n", x, x) / np.float32(x.shape[-1]) + np.float32(norm.eps))
+    return x * scale[:, None] * _vector(norm["weight"])
+
+
+def _vector(array: mx.array) -> Floats:
+    """A small array as floats, without asking MLX to convert it."""
+    if array.dtype == mx.bfloat16:
+        return (np.frombuffer(array, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.array(array, copy=False).astype(np.float32, copy=False)
+
+
+def _in_rows(array: mx.array) -> Floats:
+    """Like `_numpy`, but what lies row by row in a larger array may stay there."""
+    view = np.array(array if array.dtype == mx.float32 else array.astype(mx.float32), copy=False)
+    whole = view.strides[-1] == view.itemsize and view.strides[-2] == view.itemsize * view.shape[-1]
+    return view if whole else np.ascontiguousarray(view)
+
+
+def _attend(queries: Floats, keys: Floats, values: Floats, scale: float, mask: Any) -> Floats:
+    """queries (B, H, T, head) over keys and values (B, H / shared, S, head) → (B, T, H, head).
+
+    `mask` as mlx-lm makes it: None, "causal", or an array that is true where a position is seen, or is added."""
+    B, H, T, width = queries.shape
+    shared, length = H // keys.shape[1], keys.shape[2]
+    hidden = _hidden(mask, (B, T, length))
+    if T == 1:
+        out = np.empty((B, H, width), np.float32)
+        here = hidden[:, 0] if len(hidden) else _NONE_HIDDEN
+        kernels.attend_one(out.reshape(-1), queries.reshape(-1), keys, values, here, shared, np.float32(scale))
+        return out
+    out = np.empty((B, T, H, width), np.float32)
+    for b in range(B):
+        for head in range(keys.shape[1]):
+            mine = slice(head * shared, (head + 1) * shared)
+            for begin in range(0, T, _QUERIES):
+                some = slice(begin, min(begin + _QUERIES, T))
+                end = length - T + some.stop if mask == "causal" else length
+                first = length - T + begin if mask == "causal" else end
+                here = hidden[b, some] if len(hidden) else _NONE_HIDDEN
+                rows = queries[b, mine, some].reshape(-1, width) * np.float32(scale)  # (shared · t, head)
+                scores = rows @ keys[b, head, :end].T
+                kernels.softmax_rows(scores.reshape(-1), end, some.stop - begin, first, here)
+                out[b, some, mine] = (scores @ values[b, head, :end]).reshape(shared, -1, width).swapaxes(0, 1)
+    return out
+
+
+def _hidden(mask: Any, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    """Where `mask` hides a position: an array of `shape` (B, T, S), or nothing where it is no array."""
+    if mask is None or isinstance(mask, str):
+        return np.zeros((0, 0, 0), np.bool_)
+    B, T, S = shape
+    seen = np.array(mask if mask.dtype == mx.bool_ else mask > -1e4)
+    return np.ascontiguousarray(np.broadcast_to(~seen, (B, 1, T, S))[:, 0])
+
+
+CLASSES: Sequence[tuple[type[nn.Module], type[nn.Module]]] = (
+    (nn.Linear, Linear),
+    (nn.QuantizedLinear, QuantizedLinear),
+    (nn.Embedding, Embedding),
+    (nn.QuantizedEmbedding, QuantizedEmbedding),
+)
+"""What MLX has, and what stands for it here."""
