@@ -24,6 +24,7 @@ from .session import SETTINGS, Ready, mlx_failures, parse_setting, peak_bytes
 from .terminal import Bar, CtrlC, PlainText, clean, complain
 
 if TYPE_CHECKING:
+    from .bench.commands import Answer as Measured
     from .convert.commands import Answer
     from .generate import Chunk, Sampling, Usage
     from .prompt import Tokenizer
@@ -90,7 +91,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("plan", "serve", "helper", "bench", "routes")
+_LATER_COMMANDS = ("plan", "serve", "helper", "routes")
 _LATER_OPTIONS = {"--memory": "The whole model is held in memory."}
 _EPILOG = """commands:
   chat         talk with a model in the terminal
@@ -98,6 +99,7 @@ _EPILOG = """commands:
   convert      make a folder this program runs from any Mixtral checkpoint
   verify       check that a converted folder is as it was written
   perplexity   measure how well a model predicts a text
+  bench        measure how fast a model runs here, next to mlx-lm
 
 `mixtral-mlx COMMAND --help` says more."""
 
@@ -555,12 +557,78 @@ def _perplexity(arguments: list[str]) -> int:
     return _show(answer, as_json=parsed.json)
 
 
+# bench
+
+_BENCH = """Measure how fast a model runs here: loading, prompts, decoding, batches, quantized caches and memory, each
+next to what this machine can do at all. With --vs another engine takes turns with this one, in a process of its own.
+
+Rows that would take too long are shortened and say so. Ctrl-C ends with the rows there are."""
+_BENCH_EPILOG = """example:
+  mixtral-mlx bench --model ~/models/mixtral-q4 --vs mlx-lm --save today.json"""
+
+
+def _bench(arguments: list[str]) -> int:
+    from .bench import rows, sides
+
+    parser = _Parser("mixtral-mlx bench", description=_BENCH, epilog=_BENCH_EPILOG)
+    parser.add_argument("--model", metavar="M", help="a folder, a Hugging Face repository, or `demo` (required)")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing from the network")
+    parser.add_argument("--vs", type=_one_of(*sides.OTHERS), metavar="ENGINE", help=f"{', '.join(sides.OTHERS)}")
+    parser.add_argument(
+        "--dtype",
+        type=_one_of("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        metavar="T",
+        help="both sides compute in bfloat16, float16 or float32; auto is what each would choose",
+    )
+    parser.add_argument("--turns", type=_count(1), default=5, metavar="N", help="times each figure is measured (5)")
+    parser.add_argument(
+        "--rows", type=_some_of(rows.GROUPS), default=rows.GROUPS, metavar="A,B", help=f"only {','.join(rows.GROUPS)}"
+    )
+    parser.add_argument(
+        "--seconds", type=_count(1), default=20, metavar="N", help="most time for a row, of each side in each turn (20)"
+    )
+    parser.add_argument("--save", metavar="F.json", help="also write what --json prints, to compare with later")
+
+    _add_output(parser, "print one object: machine, limits, model, sides, rows, notes")
+    parsed = parser.parse(arguments)
+    from .bench.commands import Request, bench
+
+    name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
+    if not name:
+        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
+    request = Request(
+        model=None if name == "demo" else name,
+        against=parsed.vs,
+        dtype=parsed.dtype,
+        turns=parsed.turns,
+        seconds=parsed.seconds,
+        groups=parsed.rows,
+        offline=parsed.offline,
+        save=Path(parsed.save) if parsed.save else None,
+    )
+    answer = bench(request, quiet=parsed.quiet)
+    _show(answer, as_json=parsed.json)
+    return 130 if answer.interrupted else 0
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        asked = text.split(",")
+        for word in asked:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"holds {word!r}, expected some of {', '.join(known)}")
+        return tuple(word for word in known if word in asked)
+
+    return parse
+
+
 def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def _show(answer: Answer, *, as_json: bool) -> int:
+def _show(answer: Answer | Measured, *, as_json: bool) -> int:
     for entry in answer.objects if as_json else ():
         _print_json(entry)
     if not as_json:
@@ -574,4 +642,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "verify": _verify,
     "perplexity": _perplexity,
+    "bench": _bench,
 }
