@@ -563,53 +563,64 @@ _BENCH = """Measure how fast a model runs here: loading, prompts, decoding, batc
 next to what this machine can do at all. With --vs another engine takes turns with this one, in a process of its own.
 
 Rows that would take too long are shortened and say so. Ctrl-C ends with the rows there are."""
-_BENCH_EPILOG = """example:
-  mixtral-mlx bench --model ~/models/mixtral-q4 --vs mlx-lm --save today.json"""
+_BENCH_EPILOG = """examples:
+  mixtral-mlx bench --model ~/models/mixtral-q4 --vs mlx-lm --save today.json --output today.html
+  mixtral-mlx bench --compare yesterday.json today.json"""
 
 
 def _bench(arguments: list[str]) -> int:
+    parsed = _bench_parser().parse(arguments)
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    as_json, quiet, both = given.pop("json"), given.pop("quiet"), given.pop("compare", None)
+    if both and given:
+        option = _OPTIONS.get(min(given), min(given))
+        raise UsageError(f"--compare measures nothing: it goes with --json, not with --{option}.", code="bad_option")
+    from .bench import commands
+
+    if both:
+        return _show(commands.compare(*both), as_json=as_json)
+    model = given.pop("model", None) or os.environ.get("MIXTRAL_MLX_MODEL")
+    if not model:
+        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
+    request = commands.Request(None if model == "demo" else model, **given)
+    answer = commands.bench(request, quiet=quiet)
+    _show(answer, as_json=as_json)
+    return 130 if answer.interrupted else 0
+
+
+_OPTIONS = {"against": "vs", "groups": "rows"}
+
+
+def _bench_parser() -> _Parser:
     from .bench import rows, sides
 
+    engines, groups = ", ".join(sides.OTHERS), ",".join(rows.GROUPS)
     parser = _Parser("mixtral-mlx bench", description=_BENCH, epilog=_BENCH_EPILOG)
     parser.add_argument("--model", metavar="M", help="a folder, a Hugging Face repository, or `demo` (required)")
-    parser.add_argument("--offline", action="store_true", help="fetch nothing from the network")
-    parser.add_argument("--vs", type=_one_of(*sides.OTHERS), metavar="ENGINE", help=f"{', '.join(sides.OTHERS)}")
+    parser.add_argument("--offline", action="store_true", default=None, help="fetch nothing from the network")
+    parser.add_argument(
+        "--vs", type=_one_of(*sides.OTHERS), dest="against", metavar="E", help=f"the engine to compare with: {engines}"
+    )
     parser.add_argument(
         "--dtype",
         type=_one_of("auto", "bfloat16", "float16", "float32"),
-        default="auto",
         metavar="T",
-        help="both sides compute in bfloat16, float16 or float32; auto is what each would choose",
+        help="both sides compute in bfloat16, float16 or float32; auto is what each would choose (auto)",
     )
-    parser.add_argument("--turns", type=_count(1), default=5, metavar="N", help="times each figure is measured (5)")
-    parser.add_argument(
-        "--rows", type=_some_of(rows.GROUPS), default=rows.GROUPS, metavar="A,B", help=f"only {','.join(rows.GROUPS)}"
+    group = parser.add_argument_group("how much to measure")
+    group.add_argument("--turns", type=_count(1), metavar="N", help="times each figure is measured (5)")
+    group.add_argument("--rows", type=_some_of(rows.GROUPS), dest="groups", metavar="A,B", help=f"of {groups} (all)")
+    group.add_argument("--seconds", type=_count(1), metavar="N", help="most a row takes of each side in a turn (20)")
+    group = parser.add_argument_group("what to do with it")
+    group.add_argument("--output", type=Path, metavar="F.html", help="also write a page with a picture: a roofline")
+    group.add_argument(
+        "--save", type=Path, metavar="F.json", help="also write what --json prints, to compare with later"
     )
-    parser.add_argument(
-        "--seconds", type=_count(1), default=20, metavar="N", help="most time for a row, of each side in each turn (20)"
+    group.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="measure nothing: compare two files"
     )
-    parser.add_argument("--save", metavar="F.json", help="also write what --json prints, to compare with later")
-
     _add_output(parser, "print one object: machine, limits, model, sides, rows, notes")
-    parsed = parser.parse(arguments)
-    from .bench.commands import Request, bench
-
-    name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
-    if not name:
-        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
-    request = Request(
-        model=None if name == "demo" else name,
-        against=parsed.vs,
-        dtype=parsed.dtype,
-        turns=parsed.turns,
-        seconds=parsed.seconds,
-        groups=parsed.rows,
-        offline=parsed.offline,
-        save=Path(parsed.save) if parsed.save else None,
-    )
-    answer = bench(request, quiet=parsed.quiet)
-    _show(answer, as_json=parsed.json)
-    return 130 if answer.interrupted else 0
+    return parser
 
 
 def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

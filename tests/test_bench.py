@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from mixtral_mlx import cli
 from mixtral_mlx.bench import commands, floor, limits, sides, table, worker
 from mixtral_mlx.bench.commands import Request
 from mixtral_mlx.bench.limits import Limits
-from mixtral_mlx.bench.process import SideError, Worker
-from mixtral_mlx.bench.report import Measure, entry
+from mixtral_mlx.bench.page import html
+from mixtral_mlx.bench.process import BenchError, SideError, Worker
+from mixtral_mlx.bench.report import Measure, Report, entry, read, write_whole
 from mixtral_mlx.bench.rows import Row, all_rows, left_out, shortened
 from mixtral_mlx.bench.sides import Side
 from mixtral_mlx.bench.turns import Events, Measured, Outcome, Plan, Samples, run
@@ -330,7 +333,7 @@ def test_the_table_says_what_was_shortened_and_left_out(monkeypatch: pytest.Monk
         lines
     )
     assert "- decode, context 0 (mlx-lm): mlx-lm ended with exit code 1: out of something" in lines
-    assert any("* shortened: prompt of 512 to 300 tokens (mixtral-mlx), to 300 tokens (mlx-lm)" in s for s in lines)
+    assert any("* shortened to fit the time: prompt of 512: 300 and 300 tokens" in s for s in lines)
     assert max(len(line) for line in lines if not line.startswith("- ")) < 130
 
 
@@ -348,6 +351,149 @@ def test_numbers_are_shown_in_three_digits(value: float | None, unit: str, shown
     assert table.number(value, unit) == shown
 
 
+def saved(monkeypatch: pytest.MonkeyPatch, log: Path, file: Path, **how: Any) -> Report:
+    """A report of scripted sides, saved in `file`."""
+    bench_scripted(monkeypatch, log, "")
+    commands.bench(Request(None, "mlx-lm", groups=("prompt", "decode"), save=file, **how), quiet=True)
+    return read(file)
+
+
+def test_a_saved_report_is_what_json_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    bench_scripted(monkeypatch, log, "")
+    file = tmp_path / "run.json"
+    line = f"bench --model demo --vs mlx-lm --rows prompt --turns 3 --json --quiet --save {file}"
+    assert cli.main(line.split()) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(file.read_text()) == json.loads(commands.as_json(read(file)))
+    assert (printed["kind"], printed["settings"]["turns"]) == ("mixtral-mlx bench", 3)
+    assert printed["rows"][0]["figures"]["mlx-lm"]["values"] == [100.0] * 3
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_a_report_is_saved_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text("before")
+
+    def fails(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(BenchError) as caught:
+        write_whole(file, "after")
+    assert (caught.value.code, file.read_text(), len(list(tmp_path.iterdir()))) == ("write_failed", "before", 1)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for option in ("--save", "--output"):
+        for place in (tmp_path, tmp_path / "no" / "such.json"):
+            assert cli.main(["bench", "--model", "demo", option, str(place)]) == 1
+            assert capsys.readouterr().err.startswith(f"error[write_failed]: {place} is ")
+
+
+def test_two_runs_are_compared_row_by_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    report = saved(monkeypatch, log, tmp_path / "a.json", turns=1)
+    faster = [
+        replace(row, ratio=3.0, figures={**row.figures, "mixtral-mlx": replace(figure, median=figure.median and 300.0)})
+        for row in report.rows
+        for figure in [row.figures["mixtral-mlx"]]
+        if row.name != "prompt of 32"
+    ]
+    other = replace(report, rows=tuple(faster), machine=replace(report.machine, cores=99))
+    write_whole(tmp_path / "b.json", commands.as_json(other))
+    both = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert cli.main(["bench", "--compare", *both]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "prompt of 512 mixtral-mlx 100 tok/s 300 tok/s 3.00 1.00 3.00" in lines
+    assert "prompt of 512 mlx-lm 100 tok/s 100 tok/s 1.00 1.00 3.00" in lines
+    assert "prompt of 32 mlx-lm 100 tok/s – – 1.00 –" in lines
+    assert lines[-2:] == ["What else differs:", f"- machine, cores: {report.machine.cores} → 99"]
+    assert cli.main(["bench", "--compare", *both, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["differences"] == [{"what": "machine, cores", "first": str(report.machine.cores), "second": "99"}]
+    assert cli.main(["bench", "--compare", both[0], both[0]]) == 0
+    assert "Machine, model and settings are the same." in capsys.readouterr().out
+
+
+def test_what_is_no_saved_report_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    good = tmp_path / "good.json"
+    saved(monkeypatch, log, good, turns=1)
+    whole = json.loads(good.read_text())
+    bad = [
+        "",
+        "[]",
+        "{}",
+        "[" * 90_000,
+        json.dumps({**whole, "rows": 5}),
+        json.dumps({**whole, "format": 99}),
+        json.dumps({**whole, "limits": {**whole["limits"], "bytes_per_s": 10**400}}),
+        json.dumps({**whole, "limits": {**whole["limits"], "bytes_per_s": float("nan")}}),
+        json.dumps({name: value for name, value in whole.items() if name != "notes"}),
+    ]
+    for content in bad:
+        (tmp_path / "bad.json").write_text(content)
+        assert cli.main(["bench", "--compare", str(good), str(tmp_path / "bad.json")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error[not_a_bench]: {tmp_path / 'bad.json'} is not a saved benchmark: "), error
+    assert cli.main(["bench", "--compare", str(good), str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err.startswith("error[unreadable]: ")
+
+
+class _Page(HTMLParser):
+    """Checks that elements are closed in order, and keeps what a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.links: list[str | None] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] += 1
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_asks_no_server(monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    report = saved(monkeypatch, log, tmp_path / "run.json", output=page)
+    text = page.read_text()
+    parsed = _Page(text)
+    assert parsed.open == []
+    assert parsed.links == []
+    assert "//" not in text
+    assert "url(" not in text
+    points = sum(figure.operations_per_s is not None for row in report.rows for figure in row.figures.values())
+    assert parsed.counts["circle"] + parsed.counts["rect"] == parsed.counts["title"] - 1 == points == 6
+    assert parsed.counts["tr"] == len(report.rows) + 1
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_a_page_shows_names_as_they_are_and_needs_no_picture(
+    monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    report = saved(monkeypatch, log, tmp_path / "run.json")
+    hostile = replace(report, rows=(), model=replace(report.model, name="<script>alert(1)</script>"))
+    parsed = _Page(html(hostile))
+    assert (parsed.open, parsed.counts["script"], parsed.counts["svg"]) == ([], 0, 0)
+
+
 # The command line.
 
 
@@ -360,6 +506,9 @@ REFUSED = [
     ("--model demo --memory 12GB", "not_available", "--memory"),
     ("--model demo --row prompt", "unknown_option", "Did you mean --rows?"),
     ("demo", "unexpected_argument", "'demo'"),
+    ("--compare a.json", "bad_option", "--compare expected 2 arguments"),
+    ("--compare a.json b.json --turns 5", "bad_option", "not with --turns"),
+    ("--compare a.json b.json --vs mlx-lm", "bad_option", "not with --vs"),
 ]
 
 

@@ -18,7 +18,9 @@ from ..config import Quantization
 from ..memory import activation_dtype, ram_bytes
 from ..terminal import Bar
 from ..weights import Checkpoint, locate
+from . import compare as comparisons
 from . import floor, limits, rows, table, turns
+from .page import html
 from .process import Ready
 from .report import (
     Entry,
@@ -27,6 +29,7 @@ from .report import (
     Report,
     Settings,
     SideInfo,
+    check_writable,
     entry,
     in_unit,
     left_out,
@@ -50,6 +53,7 @@ class Request:
     groups: tuple[str, ...] = rows.GROUPS
     offline: bool = False
     save: Path | None = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,23 @@ class Answer:
 
 def bench(request: Request, *, quiet: bool) -> Answer:
     """Run `bench`; Ctrl-C ends it with what there is."""
+    for path in filter(None, (request.save, request.output)):
+        check_writable(path)
     folder = locate(request.model, offline=request.offline)
     checkpoint = Checkpoint.open(folder)
     makers = [ours, *([OTHERS[request.against]] if request.against else [])]
     report = measure(request, checkpoint, [make(folder, request.dtype) for make in makers], quiet=quiet)
     if request.save:
         write_whole(request.save, as_json(report))
+    if request.output:
+        write_whole(request.output, html(report))
     return Answer(table.text(report), [report.to_dict()], report.interrupted)
+
+
+def compare(first: Path, second: Path) -> Answer:
+    """Run `bench --compare`."""
+    comparison = comparisons.compare(first, second)
+    return Answer(comparisons.text(comparison), [comparison.to_dict()])
 
 
 def measure(request: Request, checkpoint: Checkpoint, sides: Sequence[Side], *, quiet: bool) -> Report:

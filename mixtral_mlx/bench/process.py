@@ -80,7 +80,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process, in order if it will."""
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, subprocess.TimeoutExpired):
             if self._process.stdin:
                 self._process.stdin.write(b'{"op": "exit"}\n')
                 self._process.stdin.close()

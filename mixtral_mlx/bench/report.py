@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ..config import parse_json, shown
 from . import floor
 from .limits import Limits, Machine
 from .process import BenchError
@@ -210,6 +210,13 @@ def notes_of(report_rows: tuple[Entry, ...], sides: list[str], limits: Limits) -
     return tuple(notes)
 
 
+def check_writable(path: Path) -> None:
+    """Raise `BenchError` now rather than after an hour if `path` cannot be written."""
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        found = "is a folder" if path.is_dir() else "is in no folder that can be written to"
+        raise BenchError(f"{path} {found}, expected a file to write.", code="write_failed")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all; raises `BenchError`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -227,19 +234,23 @@ def write_whole(path: Path, text: str) -> None:
 def read(path: Path) -> Report:
     """A report that `--save` wrote; raises `BenchError`."""
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         if not isinstance(data, dict) or (data.pop("kind", None), data.pop("format", None)) != (KIND, FORMAT):
-            raise ValueError("it does not say what it is")
+            raise ValueError(f"it does not say that it is one, of format {FORMAT}")
         report: Report = _built(Report, data)
     except OSError as error:
         raise BenchError(f"{path} cannot be read: {error.strerror}.", code="unreadable") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError) as error:
         raise BenchError(
             f"{path} is not a saved benchmark: {str(error)[:200]}.",
             code="not_a_bench",
             hint="Files to compare are written by: mixtral-mlx bench --save F.json",
         ) from None
     return report
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"it holds {name}")
 
 
 def _built(kind: Any, value: Any) -> Any:
@@ -256,7 +267,7 @@ def _built(kind: Any, value: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if origin is not None or type(value) is not kind:
-        raise ValueError(f"{str(value)[:40]!r} stands where it cannot")
+        raise ValueError(f"{shown(value)} stands where {kind} should")
     return value
 
 

@@ -19,7 +19,7 @@ def text(report: Report) -> str:
 def heading(report: Report) -> list[str]:
     """Who was measured, on what, where and how."""
     model, machine, limits, settings = report.model, report.machine, report.limits, report.settings
-    sides = " next to ".join(f"{side.name} {side.version} ({side.dtype or 'not loaded'})" for side in report.sides)
+    sides = " next to ".join(f"{s.name} {s.version} ({s.dtype})" if s.version else s.name for s in report.sides)
     return [
         f"{sides}: {settings.turns} turns" + (", interleaved" if len(report.sides) > 1 else ""),
         f"{model.name}: {model.layers} layers, {model.quantization}, {shown_bytes(model.nbytes)}",
@@ -104,8 +104,8 @@ def all_notes(report: Report) -> list[str]:
         for note, where in _reasons(row):
             found.setdefault(note, []).append(where)
     missing = [f"{'; '.join(where)}: {note}" for note, where in found.items()]
-    short = [f"{row.name} {_shortened(row)}" for row in report.rows if _shortened(row)]
-    return [*missing, *([f"* shortened: {'; '.join(short)}"] if short else []), *report.notes]
+    short = [note for row in report.rows if (note := _shortened(row))]
+    return [*missing, *([f"* shortened to fit the time: {'; '.join(short)}"] if short else []), *report.notes]
 
 
 def _reasons(row: Entry) -> Iterator[tuple[str, str]]:
@@ -118,8 +118,11 @@ def _reasons(row: Entry) -> Iterator[tuple[str, str]]:
 
 
 def _shortened(row: Entry) -> str:
-    what = "tokens" if row.group == "prompt" else "steps"
-    return ", ".join(f"to {f.shortened:,} {what} ({name})" for name, f in row.figures.items() if f.shortened)
+    """What a row was shortened to, side by side; empty if it was not."""
+    if not any(figure.shortened for figure in row.figures.values()):
+        return ""
+    run = " and ".join(f"{figure.tokens:,}" for figure in row.figures.values() if figure.tokens)
+    return f"{row.name}: {run} {'steps' if 'context' in row.name else 'tokens'}"
 
 
 def markdown(report: Report) -> str:
