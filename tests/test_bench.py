@@ -494,6 +494,22 @@ def test_a_page_shows_names_as_they_are_and_needs_no_picture(
     assert (parsed.open, parsed.counts["script"], parsed.counts["svg"]) == ([], 0, 0)
 
 
+def test_the_readme_gets_the_table_between_its_comments(
+    monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    saved(monkeypatch, log, tmp_path / "run.json")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench -->\nold\n<!-- end of bench -->\nafter\n")
+    script = Path(__file__).parent.parent / "benchmarks" / "readme_table.py"
+    command = [sys.executable, str(script), str(tmp_path / "run.json"), str(readme)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(script.parent.parent)})
+    lines = readme.read_text().splitlines()
+    assert lines[:3] == ["before", "<!-- bench -->", "|  | mixtral-mlx | of floor | mlx-lm | of floor | ratio |"]
+    assert "| prompt of 512 | 100 tok/s | 5 % | 100 tok/s | 5 % | 1.00 |" in lines
+    assert lines[-2:] == ["<!-- end of bench -->", "after"]
+    assert "old" not in lines
+
+
 # The command line.
 
 
