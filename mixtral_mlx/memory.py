@@ -36,9 +36,16 @@ def peak_rss_bytes() -> int:
 def chip() -> str:
     """The processor's name, such as `Apple M2 Pro`; empty where it cannot be told."""
     if sys.platform != "darwin":
+        with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+            return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
         return ""
     answer = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
     return answer.stdout.strip()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def activation_dtype(asked: str, checkpoint: str, *, chip: Callable[[], str] = chip) -> str:

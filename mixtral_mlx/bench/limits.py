@@ -6,7 +6,6 @@ since what counts is what the machine can do, not what one library makes of it."
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -14,10 +13,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ..memory import chip, ram_bytes
+from ..memory import chip, cores, ram_bytes
 from .process import BenchError
 
 _READ_BYTES = 1 << 30
@@ -52,20 +50,7 @@ def this_machine() -> Machine:
     from importlib.metadata import version
 
     system = f"{platform.system()} {platform.machine()}"
-    return Machine(system, _processor(), cores(), ram_bytes(), platform.python_version(), version("mlx"))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return chip()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(system, chip(), cores(), ram_bytes(), platform.python_version(), version("mlx"))
 
 
 def measure(dtype: str) -> Limits:

@@ -21,13 +21,17 @@ def heading(report: Report) -> list[str]:
     model, machine, limits, settings = report.model, report.machine, report.limits, report.settings
     sides = " next to ".join(f"{s.name} {s.version} ({s.dtype})" if s.version else s.name for s in report.sides)
     return [
-        f"{sides}: {settings.turns} turns" + (", interleaved" if len(report.sides) > 1 else ""),
+        f"{sides}: {_turns(settings.turns)}" + (", interleaved" if len(report.sides) > 1 else ""),
         f"{model.name}: {model.layers} layers, {model.quantization}, {shown_bytes(model.nbytes)}",
         f"{machine.system}, {machine.processor or 'unknown processor'}, {machine.cores} cores, "
         f"{shown_bytes(machine.ram_bytes)}, MLX {machine.mlx} on the {limits.device.upper()}",
         f"limits: {limits.bytes_per_s / 1e9:.1f} GB/s, {limits.operations_per_s / 1e9:,.0f} G operations/s in "
         f"{limits.dtype}",
     ]
+
+
+def _turns(count: int) -> str:
+    return f"{count} turn{'s' if count != 1 else ''}"
 
 
 def _cells(report: Report) -> list[list[str]]:

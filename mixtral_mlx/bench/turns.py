@@ -119,9 +119,10 @@ class _Turns:
         return measured
 
     def unfinished(self) -> list[Measured]:
-        """The row under way with what it has, if there is one."""
+        """The row under way, if it has anything yet."""
         samples = {name: Samples(tuple(got.values), got.tokens, got.reason) for name, got in self._collected.items()}
-        return [Measured(self._row, samples)] if self._row else []
+        has_any = any(got.values or got.reason for got in samples.values())
+        return [Measured(self._row, samples)] if self._row and has_any else []
 
     def _take_turn(self, row: Row, side: Side, got: _Collected) -> None:
         if got.reason:
