@@ -3,7 +3,7 @@
 #   make test    run the tests
 #   make check   format, lint, types, tests
 #   make fix     format, and mend what the linter can
-#   make bench   measure loading next to mlx-lm
+#   make bench   measure the demo model (or MODEL=folder) next to mlx-lm, and write the table in README.md
 .PHONY: chat test test-long lint check fix bench clean
 SHELL := /bin/sh
 
@@ -32,7 +32,8 @@ fix: .venv/ready-dev
 	@$(BIN)/ruff check --fix .
 
 bench: .venv/ready-dev
-	@$(BIN)/python benchmarks/load.py $(ARGS)
+	@$(BIN)/python -m mixtral_mlx bench --model "$(or $(MODEL),demo)" --vs mlx-lm --save .venv/bench.json $(ARGS)
+	@$(BIN)/python benchmarks/readme_table.py .venv/bench.json
 
 clean:
 	@rm -rf .venv

@@ -10,6 +10,7 @@
     chat       the conversation in the terminal, with terminal and markdown for the screen
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
+    bench      how fast a model runs here, next to another engine
     demo       a small trained Mixtral to try everything on
 
 Importing this package imports neither MLX nor mlx-lm; each name below is fetched on first use."""

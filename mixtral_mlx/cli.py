@@ -24,6 +24,7 @@ from .session import SETTINGS, Ready, mlx_failures, parse_setting, peak_bytes
 from .terminal import Bar, CtrlC, PlainText, clean, complain
 
 if TYPE_CHECKING:
+    from .bench.commands import Answer as Measured
     from .convert.commands import Answer
     from .generate import Chunk, Sampling, Usage
     from .prompt import Tokenizer
@@ -90,7 +91,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("plan", "serve", "helper", "bench", "routes")
+_LATER_COMMANDS = ("plan", "serve", "helper", "routes")
 _LATER_OPTIONS = {"--memory": "The whole model is held in memory."}
 _EPILOG = """commands:
   chat         talk with a model in the terminal
@@ -98,6 +99,7 @@ _EPILOG = """commands:
   convert      make a folder this program runs from any Mixtral checkpoint
   verify       check that a converted folder is as it was written
   perplexity   measure how well a model predicts a text
+  bench        measure how fast a model runs here, next to mlx-lm
 
 `mixtral-mlx COMMAND --help` says more."""
 
@@ -555,12 +557,89 @@ def _perplexity(arguments: list[str]) -> int:
     return _show(answer, as_json=parsed.json)
 
 
+# bench
+
+_BENCH = """Measure how fast a model runs here: loading, prompts, decoding, batches, quantized caches and memory, each
+next to what this machine can do at all. With --vs another engine takes turns with this one, in a process of its own.
+
+Rows that would take too long are shortened and say so. Ctrl-C ends with the rows there are."""
+_BENCH_EPILOG = """examples:
+  mixtral-mlx bench --model ~/models/mixtral-q4 --vs mlx-lm --save today.json --output today.html
+  mixtral-mlx bench --compare yesterday.json today.json"""
+
+
+def _bench(arguments: list[str]) -> int:
+    parsed = _bench_parser().parse(arguments)
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
+    as_json, quiet, both = given.pop("json"), given.pop("quiet"), given.pop("compare", None)
+    if both and given:
+        option = _OPTIONS.get(min(given), min(given))
+        raise UsageError(f"--compare measures nothing: it goes with --json, not with --{option}.", code="bad_option")
+    from .bench import commands
+
+    if both:
+        return _show(commands.compare(*both), as_json=as_json)
+    model = given.pop("model", None) or os.environ.get("MIXTRAL_MLX_MODEL")
+    if not model:
+        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
+    request = commands.Request(None if model == "demo" else model, **given)
+    answer = commands.bench(request, quiet=quiet)
+    _show(answer, as_json=as_json)
+    return 130 if answer.interrupted else 0
+
+
+_OPTIONS = {"against": "vs", "groups": "rows"}
+
+
+def _bench_parser() -> _Parser:
+    from .bench import rows, sides
+
+    engines, groups = ", ".join(sides.OTHERS), ",".join(rows.GROUPS)
+    parser = _Parser("mixtral-mlx bench", description=_BENCH, epilog=_BENCH_EPILOG)
+    parser.add_argument("--model", metavar="M", help="a folder, a Hugging Face repository, or `demo` (required)")
+    parser.add_argument("--offline", action="store_true", default=None, help="fetch nothing from the network")
+    parser.add_argument(
+        "--vs", type=_one_of(*sides.OTHERS), dest="against", metavar="E", help=f"the engine to compare with: {engines}"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=_one_of("auto", "bfloat16", "float16", "float32"),
+        metavar="T",
+        help="both sides compute in bfloat16, float16 or float32; auto is what each would choose (auto)",
+    )
+    group = parser.add_argument_group("how much to measure")
+    group.add_argument("--turns", type=_count(1), metavar="N", help="times each figure is measured (5)")
+    group.add_argument("--rows", type=_some_of(rows.GROUPS), dest="groups", metavar="A,B", help=f"of {groups} (all)")
+    group.add_argument("--seconds", type=_count(1), metavar="N", help="most a row takes of each side in a turn (20)")
+    group = parser.add_argument_group("what to do with it")
+    group.add_argument("--output", type=Path, metavar="F.html", help="also write a page with a picture: a roofline")
+    group.add_argument(
+        "--save", type=Path, metavar="F.json", help="also write what --json prints, to compare with later"
+    )
+    group.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="measure nothing: compare two files"
+    )
+    _add_output(parser, "print one object: machine, limits, model, sides, rows, notes")
+    return parser
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        asked = text.split(",")
+        for word in asked:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"holds {word!r}, expected some of {', '.join(known)}")
+        return tuple(word for word in known if word in asked)
+
+    return parse
+
+
 def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def _show(answer: Answer, *, as_json: bool) -> int:
+def _show(answer: Answer | Measured, *, as_json: bool) -> int:
     for entry in answer.objects if as_json else ():
         _print_json(entry)
     if not as_json:
@@ -574,4 +653,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "verify": _verify,
     "perplexity": _perplexity,
+    "bench": _bench,
 }

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -26,6 +26,9 @@ def ram_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes."""
+    with suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        # Linux counts what getrusage says from before the program was started: a large parent would be in it.
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -33,9 +36,16 @@ def peak_rss_bytes() -> int:
 def chip() -> str:
     """The processor's name, such as `Apple M2 Pro`; empty where it cannot be told."""
     if sys.platform != "darwin":
+        with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+            return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
         return ""
     answer = subprocess.run(["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
     return answer.stdout.strip()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def activation_dtype(asked: str, checkpoint: str, *, chip: Callable[[], str] = chip) -> str:

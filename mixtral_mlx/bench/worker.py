@@ -1,0 +1,267 @@
+"""One side of a benchmark in a process of its own: `python -m mixtral_mlx.bench.worker ENGINE FOLDER DTYPE`.
+
+The protocol, which a worker for any other engine speaks too, is lines of JSON: requests on stdin, answers on stdout,
+one answer to each, in order. The process ends with its stdin. Nothing else may reach stdout; what the engine prints
+belongs on stderr. First, unasked, when the model is loaded:
+
+    {"ready": true, "engine": "mlx-lm", "version": "0.32.2", "dtype": "float32", "load_s": 1.2, "first_s": null}
+
+`dtype` is what is computed in, `load_s` the time from weights on disk to weights in memory without imports, `first_s`
+the time from process start to a first token where the engine measures that itself, else null. If it cannot load:
+
+    {"error": {"code": "unsupported_dtype", "message": "what was found and expected", "hint": "what to do"}}
+
+and the process ends. Requests:
+
+    {"op": "prompt", "tokens": N}
+        Read N seeded random ids into an empty cache → {"seconds": …} until the next token's logits are there.
+    {"op": "decode", "context": C, "batch": B, "tokens": N, "kv_bits": null | 8 | 4}
+        Make N tokens for each of B sequences that hold C tokens each, greedily, each step fed with the one before,
+        after one step that is not timed → {"seconds": …} for the N steps. What the C tokens are is not said: a cache
+        filled with seeded values will do. `kv_bits` is how the cache is quantized; null leaves it as it comes.
+    {"op": "memory"}
+        → {"peak_bytes": …}, the most memory the process has used so far.
+    {"op": "first", "prompt": TEXT}
+        Complete a text → {"seconds": …} until its first token. Asked of a fresh process, and timed from its start,
+        where the engine has no command line of its own.
+    {"op": "exit"}
+        End; needs no answer.
+
+What a side cannot do it answers with {"unsupported": "why"}; the row then shows the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import mlx.core as mx
+
+from ..config import MixtralError
+from ..session import peak_bytes
+
+_SEED = 20240108
+_PRIMED = 1
+
+
+class Engine(Protocol):
+    """A loaded model with its own way of reading a prompt and making tokens one at a time."""
+
+    name: str
+    version: str
+    dtype: str
+    load_s: float
+    model: Any
+
+    def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
+        """Continue `prompt` by `count` tokens, greedily; each comes when it is known."""
+
+
+class Ours:
+    """This package, as `generate` runs it, without text."""
+
+    name = "mixtral-mlx"
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        from .. import (
+            __version__,
+            model,  # noqa: F401 - imports are not what loading is timed for, on either side
+        )
+        from ..weights import load
+
+        loaded = load(folder, dtype=dtype)
+        self.version = __version__
+        self.dtype, self.load_s, self.model = loaded.dtype, loaded.seconds, loaded.model
+
+    def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
+        from ..generate import Sampling, stream_generate
+
+        without_text: Any = _NoText()
+        return stream_generate(self.model, without_text, prompt, Sampling(max_tokens=count, ignore_eos=True))
+
+
+class _NoText:
+    """Stands in for a tokenizer: neither side's text is timed."""
+
+    eos_id = -1
+
+    def detokenizer(self, after: Sequence[int] = ()) -> _NoText:
+        return self
+
+    def add(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class MlxLm:
+    """mlx-lm as it comes."""
+
+    name = "mlx-lm"
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        import mlx_lm
+        import mlx_lm.models.mixtral
+        from mlx_lm.utils import load_model
+
+        start = time.perf_counter()
+        self.model, _ = load_model(folder)
+        if dtype != "auto":
+            self.model.set_dtype(getattr(mx, dtype))
+            mx.eval(self.model.parameters())
+        self.load_s = time.perf_counter() - start
+        self.version = mlx_lm.__version__
+        self.dtype = str(self.model.model.norm.weight.dtype).removeprefix("mlx.core.")
+
+    def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
+        from mlx_lm.generate import generate_step
+
+        return generate_step(mx.array(list(prompt)), self.model, max_tokens=count)
+
+
+_ENGINES: dict[str, Callable[[Path, str], Engine]] = {"mixtral-mlx": Ours, "mlx-lm": MlxLm}
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """A request to make tokens: `tokens` steps for `batch` sequences of `context` tokens."""
+
+    context: int
+    batch: int
+    tokens: int
+    kv_bits: int | None
+
+
+def read_prompt(engine: Engine, tokens: int) -> float:
+    """Seconds to read `tokens` ids and have the next token."""
+    prompt = _ids(engine, tokens)
+    start = time.perf_counter()
+    next(engine.tokens(prompt, 1))
+    return time.perf_counter() - start
+
+
+def decode(engine: Engine, request: _Decode) -> float:
+    """Seconds for the steps of `request`: in the engine's own loop for one fresh sequence, else in one both share."""
+    if request.batch == 1 and request.context == 0 and request.kv_bits is None:
+        return _in_its_own_loop(engine, request.tokens)
+    return _in_the_shared_loop(engine, request)
+
+
+def _in_its_own_loop(engine: Engine, tokens: int) -> float:
+    steps = engine.tokens(_ids(engine, 1), tokens + _PRIMED)
+    next(steps)
+    start = time.perf_counter()
+    for _ in range(tokens):
+        next(steps)
+    return time.perf_counter() - start
+
+
+def _in_the_shared_loop(engine: Engine, request: _Decode) -> float:
+    cache = _filled_cache(engine, request)
+
+    def step(tokens: mx.array) -> mx.array:  # (B,) → (B,)
+        following = mx.argmax(engine.model(tokens[:, None], cache)[:, -1], axis=-1)
+        mx.async_eval(following)
+        return following
+
+    current = step(mx.array(_ids(engine, request.batch)))
+    mx.eval(current)
+    start = time.perf_counter()
+    current = step(current)
+    for _ in range(request.tokens - 1):
+        # The next step is under way while this one's tokens are looked at, as in `generate`.
+        following = step(current)
+        current.tolist()
+        current = following
+    current.tolist()
+    return time.perf_counter() - start
+
+
+def _filled_cache(engine: Engine, request: _Decode) -> list[Any]:
+    """A cache of `context` tokens for each sequence, of seeded values: reading a prompt for it could take hours."""
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    args = engine.model.args
+    width = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
+    if request.kv_bits and width % 32:
+        raise ValueError(f"heads {width} wide cannot be quantized")
+    group = 64 if width % 64 == 0 else 32
+    caches = [
+        QuantizedKVCache(group, request.kv_bits) if request.kv_bits else KVCache()
+        for _ in range(args.num_hidden_layers)
+    ]
+    if request.context:
+        shape = (2, request.batch, args.num_key_value_heads, request.context, width)
+        keys, values = mx.random.normal(shape, dtype=mx.float32, key=mx.random.key(_SEED)).astype(
+            getattr(mx, engine.dtype)
+        )
+        for cache in caches:
+            cache.update_and_fetch(keys, values)
+            mx.eval(cache.state[:2])
+    return caches
+
+
+def _ids(engine: Engine, count: int) -> list[int]:
+    drawn: Any = mx.random.randint(0, engine.model.args.vocab_size, (count,), key=mx.random.key(_SEED)).tolist()
+    return list(drawn)
+
+
+def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    """What the worker says to a request."""
+    op = request.pop("op")
+    try:
+        if op == "prompt":
+            return {"seconds": read_prompt(engine, request["tokens"])}
+        if op == "decode":
+            return {"seconds": decode(engine, _Decode(**request))}
+    except (MixtralError, RuntimeError, MemoryError, ValueError) as error:
+        return {"unsupported": str(error) or type(error).__name__}
+    if op == "memory":
+        return {"peak_bytes": peak_bytes()}
+    return {"unsupported": f"{engine.name} has a command line; there is no {op} here"}
+
+
+def serve(engine: Engine, requests: TextIO, answers: TextIO) -> None:
+    """Answer until the requests end."""
+    ready = {"engine": engine.name, "version": engine.version, "dtype": engine.dtype, "load_s": engine.load_s}
+    _say(answers, {"ready": True, **ready, "first_s": None})
+    for line in requests:
+        request = json.loads(line)
+        if request["op"] == "exit":
+            return
+        _say(answers, answer(engine, request))
+
+
+def _say(answers: TextIO, message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=answers, flush=True)
+
+
+def protected_stdout() -> TextIO:
+    """A way to the real stdout; whatever else is printed from now on goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def main() -> None:
+    name, folder, dtype = sys.argv[1:]
+    answers = protected_stdout()
+    try:
+        engine = _ENGINES[name](Path(folder), dtype)
+    except MixtralError as error:
+        _say(answers, {"error": {"code": error.code, "message": str(error), "hint": error.hint}})
+        sys.exit(1)
+    except (RuntimeError, MemoryError, ValueError, OSError, ImportError) as error:
+        _say(answers, {"error": {"code": "cannot_load", "message": f"{type(error).__name__}: {error}", "hint": ""}})
+        sys.exit(1)
+    serve(engine, sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()
