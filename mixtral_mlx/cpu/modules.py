@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -281,7 +281,7 @@ def _normalized(x: Floats, norm: nn.RMSNorm) -> Floats:
 def _vector(array: mx.array) -> Floats:
     """A small array as floats, without asking MLX to convert it."""
     if array.dtype == mx.bfloat16:
-        return (np.frombuffer(array, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return (np.frombuffer(cast(Any, array), np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.array(array, copy=False).astype(np.float32, copy=False)
 
 
