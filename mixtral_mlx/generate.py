@@ -14,12 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from .borrowed import KVCache, QuantizedKVCache, make_logits_processors, make_sampler
 from .config import MixtralError
-from .memory import file_limit_kept
-
-with file_limit_kept():
-    from mlx_lm.models.cache import KVCache, QuantizedKVCache
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 if TYPE_CHECKING:
     from .model import Model

@@ -13,13 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .borrowed import SwitchGLU, create_attention_mask, initialize_rope, scaled_dot_product_attention
 from .config import Config
-from .memory import file_limit_kept
-
-with file_limit_kept():
-    from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
-    from mlx_lm.models.rope_utils import initialize_rope
-    from mlx_lm.models.switch_layers import SwitchGLU
 
 Experts = Callable[[mx.array, mx.array], mx.array]
 """`experts(x, indices)`: x (B, T, D) and chosen experts (B, T, K) → each chosen expert's output (B, T, K, D)."""

@@ -13,9 +13,9 @@ from typing import cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.models.base import create_attention_mask
 
 from .. import cpu
+from ..borrowed import create_attention_mask
 from ..model import Model
 from ..prompt import Tokenizer
 from ..weights import Checkpoint, Progress, dtypes_for, quantize, read_tensors

@@ -17,10 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numba
 import numpy as np
-from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 
 from .. import model
+from ..borrowed import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, scaled_dot_product_attention
 from . import kernels
 from .kernels import Weights
 from .simd import LANES
