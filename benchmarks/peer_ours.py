@@ -32,8 +32,8 @@ class Ours:
         if kept and len(ids) > 1:
             self._fill(len(ids) - 1)
         elif len(ids) > 1:
-            self._model(mx.array([list(ids[:-1])]), self._caches)
-            # Only the cache is asked for, so these ids' logits are never computed.
+            self._model.model(mx.array([list(ids[:-1])]), self._caches)
+            # As in `generate`, these ids' logits are never computed.
             mx.eval([cache.state for cache in self._caches])
         return self.step(ids[-1])
 

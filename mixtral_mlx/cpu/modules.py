@@ -28,9 +28,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 _FORMS = {mx.float32: kernels.FLOAT32, mx.bfloat16: kernels.BFLOAT16, mx.float16: kernels.FLOAT16}
 _FLOAT_GROUP = 32
-_QUERIES = 256
 _NOTHING = np.zeros(0, np.uint8)
-_NONE_HIDDEN = np.zeros((0, 0), np.bool_)
 # One caller at a time: some of numba's thread pools can serve no more, and there is one processor anyway.
 _lock = threading.RLock()
 
@@ -51,7 +49,7 @@ def _threads() -> int:
 
 def can_attend(attention: model.Attention) -> bool:
     """Whether the kernels can compute with heads of this width."""
-    return attention.head_dim % LANES == 0
+    return attention.head_dim % kernels.PANEL == 0
 
 
 def fits(module: nn.Module) -> bool:
@@ -295,28 +293,19 @@ def _attend(queries: Floats, keys: Floats, values: Floats, scale: float, mask: A
     """queries (B, H, T, head) over keys and values (B, H / shared, S, head) → (B, T, H, head).
 
     `mask` as mlx-lm makes it: None, "causal", or an array that is true where a position is seen, or is added."""
-    B, H, T, width = queries.shape
-    shared, length = H // keys.shape[1], keys.shape[2]
+    B, H, T, _ = queries.shape
+    heads, length, width = keys.shape[1:]
     hidden = _hidden(mask, (B, T, length))
-    if T == 1:
-        out = np.empty((B, H, width), np.float32)
-        here = hidden[:, 0] if len(hidden) else _NONE_HIDDEN
-        kernels.attend_one(out.reshape(-1), queries.reshape(-1), keys, values, here, shared, np.float32(scale))
-        return out
-    out = np.empty((B, T, H, width), np.float32)
-    for b in range(B):
-        for head in range(keys.shape[1]):
-            mine = slice(head * shared, (head + 1) * shared)
-            for begin in range(0, T, _QUERIES):
-                some = slice(begin, min(begin + _QUERIES, T))
-                end = length - T + some.stop if mask == "causal" else length
-                first = length - T + begin if mask == "causal" else end
-                here = hidden[b, some] if len(hidden) else _NONE_HIDDEN
-                rows = queries[b, mine, some].reshape(-1, width) * np.float32(scale)  # (shared · t, head)
-                scores = rows @ keys[b, head, :end].T
-                kernels.softmax_rows(scores.reshape(-1), end, some.stop - begin, first, here)
-                out[b, some, mine] = (scores @ values[b, head, :end]).reshape(shared, -1, width).swapaxes(0, 1)
-    return out
+    first = length - T if isinstance(mask, str) else length
+    how = (hidden, H // heads, T, first, np.float32(scale))
+    out = np.empty_like(queries)
+    if H // heads * T < kernels.FEW:
+        kernels.attend_few(out.reshape(-1), queries.reshape(-1), keys, values, *how)
+    else:
+        panels = np.empty(B * heads * -(-length // kernels.PANEL) * kernels.PANEL * width, np.float32)
+        kernels.transpose_keys(panels, keys)
+        kernels.attend_many(out.reshape(-1), queries.reshape(-1), panels, values, *how)
+    return np.ascontiguousarray(out.swapaxes(1, 2))
 
 
 def _hidden(mask: Any, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
