@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,14 @@ class Worker:
     def ask(self, op: str, **request: Any) -> float:
         """The seconds it took; raises `PeerError`."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"op": op, **request}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # What ended it is said by the missing answer.
+            self._process.stdin.write(json.dumps({"op": op, **request}) + "\n")
+            self._process.stdin.flush()
         return float(self._answer()["seconds"])
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
         self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
