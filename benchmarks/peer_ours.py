@@ -1,4 +1,4 @@
-"""This package as a worker of `peers.py`: python peer_ours.py FOLDER
+"""This package as a worker of `peers.py`: python peer_ours.py FOLDER DTYPE
 
 The model alone, a token at a time: `generate` prepares a step while the last one's token is looked at."""
 
@@ -21,8 +21,8 @@ class Ours:
     name = "mixtral-mlx"
     version = __version__
 
-    def __init__(self, folder: Path) -> None:
-        loaded = load(folder)
+    def __init__(self, folder: Path, dtype: str) -> None:
+        loaded = load(folder, dtype=dtype)
         self.dtype, self.load_s, self._model = loaded.dtype, loaded.seconds, loaded.model
         self.vocab_size = self._model.args.vocab_size
         self._caches: list[Any] = []
@@ -52,4 +52,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    serve(lambda: Ours(Path(sys.argv[1])))
+    serve(lambda: Ours(Path(sys.argv[1]), sys.argv[2]))

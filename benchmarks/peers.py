@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,14 @@ class Worker:
     def ask(self, op: str, **request: Any) -> float:
         """The seconds it took; raises `PeerError`."""
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"op": op, **request}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # What ended it is said by the missing answer.
+            self._process.stdin.write(json.dumps({"op": op, **request}) + "\n")
+            self._process.stdin.flush()
         return float(self._answer()["seconds"])
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
         self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, metavar="OTHER_PYTHON", help="where the other engines are installed")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp")
     parser.add_argument("--transformers", type=Path, help="the model for transformers")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="of ours")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="the longest a row may take an engine in a turn")
@@ -213,7 +215,8 @@ def main() -> None:
     if args.turns < 1 or args.threads < 1:
         parser.error("--turns and --threads must be at least 1")
     threads = str(args.threads)
-    peers = [Peer("mixtral-mlx", (sys.executable, str(_HERE / "peer_ours.py"), str(args.folder)), fills_contexts=True)]
+    ours = (sys.executable, str(_HERE / "peer_ours.py"), str(args.folder), args.dtype)
+    peers = [Peer("mixtral-mlx", ours, fills_contexts=True)]
     if args.gguf:
         llama = (args.python, str(_HERE / "peer_llama.py"), str(args.gguf), threads, str(_ROOM))
         peers.append(Peer("llama.cpp", llama))
