@@ -36,7 +36,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
 SMALL = replace(TINY, vocab_size=200, head_dim=32)
 PROMPT = [1, *range(3, 40, 3)]
 AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
-MODES = [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+MODES = [*AFFINE, ("mxfp4", 4, 32)]
 
 
 def exact(x: np.ndarray[Any, Any], matrix: mx.array) -> np.ndarray[Any, Any]:

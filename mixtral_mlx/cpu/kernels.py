@@ -18,6 +18,7 @@ from .simd import (
     add,
     broadcast,
     divide,
+    eight_fields,
     exp,
     field,
     fma,
@@ -26,11 +27,14 @@ from .simd import (
     load,
     load_bfloat16,
     load_bytes,
+    load_e8m0,
     load_float16,
     load_float32,
+    load_word,
     multiply,
     prefetch,
     read_bfloat16,
+    read_e8m0,
     read_float16,
     read_float32,
     store,
@@ -55,7 +59,7 @@ QUERIES = 32
 FEW = 16
 
 # How scales are stored.
-FLOAT32, BFLOAT16, FLOAT16, TABLE = range(4)
+FLOAT32, BFLOAT16, FLOAT16, E8M0 = range(4)
 
 _compiled = njit(nogil=True, boundscheck=False, fastmath={"reassoc", "contract", "nsz"})
 # What is called from Python takes arrays and plain tuples only: numba's cache on disk must be readable, to be found out
@@ -67,21 +71,19 @@ class Weights(NamedTuple):
     """Weights as stored: E × N rows of K codes, with G scales each, and biases (none: no bytes).
 
     `planes` is the number of codes that are taken from a byte with one mask; 1 where they are read one by one, or are
-    bytes. `by_code`: they mean what `codes` says, not themselves. `scale_form` is how scales are stored; `scale_values`
-    says what they mean where that is TABLE. Floats have `planes` 0, and `scale_form` is theirs."""
+    bytes. `fp4`: codes are floats of 2 exponent bits and 1 mantissa bit. `form` is how scales are stored, or, where
+    the weights are floats of 16 or 32 `bits`, how these are."""
 
     packed: np.ndarray[Any, Any]
     scales: np.ndarray[Any, Any]
     biases: np.ndarray[Any, Any]
-    codes: np.ndarray[Any, Any]
-    scale_values: np.ndarray[Any, Any]
     rows: int
     columns: int
     bits: int
     group: int
     planes: int
-    by_code: bool
-    scale_form: int
+    fp4: bool
+    form: int
 
 
 class Plan(NamedTuple):
@@ -170,7 +172,7 @@ def _sum_groups(sums: Any, at: int, x: Any, first: int, columns: int, group: int
 
 
 @_compiled
-def _read_scales(out: Any, at: int, stored: Any, first: int, count: int, form: int, values: Any) -> None:
+def _read_scales(out: Any, at: int, stored: Any, first: int, count: int, form: int) -> None:
     """Put `count` scales, from the `first` on, into `out[at:]` as floats."""
     vectors = count - count % LANES
     if form == BFLOAT16:
@@ -189,27 +191,45 @@ def _read_scales(out: Any, at: int, stored: Any, first: int, count: int, form: i
         for n in range(vectors, count):
             out[at + n] = read_float32(stored, first + n)
     else:
-        for n in range(count):
-            out[at + n] = values[stored[first + n]]
+        for n in range(0, vectors, LANES):
+            store(out, at + n, load_e8m0(stored, first + n))
+        for n in range(vectors, count):
+            out[at + n] = read_e8m0(stored, first + n)
 
 
 @_compiled
 def _unpack(
-    out: Any, at: int, step: int, packed: Any, begin: int, scales: Any, biases_at: int, g0: int, g1: int,
-    bits: int, group: int, planes: int, by_code: bool, codes: Any, scales_at: int, form: int,
+    out: Any, at: int, step: int, packed: Any, begin: int, scales: Any, scales_at: int, biases_at: int,
+    g0: int, g1: int, bits: int, group: int, planes: int, fp4: bool, form: int,
 ) -> None:  # fmt: skip
     """Put groups `g0` to `g1` of a row, whose codes `begin` there, into `out`, vector after vector `step` apart."""
     begin += g0 * group * bits // 8
     if bits >= 16:
         _unpack_floats(out, at, step, packed, begin, (g1 - g0) * group, form)
-    elif planes * bits != 8 or by_code:
-        _unpack_codes(out, at, step, packed, begin, scales, scales_at, biases_at, g0, g1, bits, group, codes)
-    elif bits == 4 and group == 64:
+    elif fp4:
+        _unpack_fp4(out, at, step, packed, begin, scales, scales_at, g0, g1, group)
+    elif bits == 4 and group == 64 and planes == 2:
         _unpack_planes(out, at, step, packed, begin, scales, scales_at, biases_at, g0, g1, 4, 64, 2)
     elif bits == 8:
         _unpack_planes(out, at, step, packed, begin, scales, scales_at, biases_at, g0, g1, 8, group, 1)
-    else:
+    elif planes > 1:
         _unpack_planes(out, at, step, packed, begin, scales, scales_at, biases_at, g0, g1, bits, group, planes)
+    elif LANES >= 8 and group % LANES == 0:
+        _unpack_fields(out, at, step, packed, begin, scales, scales_at, biases_at, g0, g1, bits, group)
+    else:
+        _unpack_codes(out, at, step, packed, begin, scales, scales_at, biases_at, g0, g1, bits, group)
+
+
+@_compiled
+def _unpack_floats(out: Any, at: int, step: int, packed: Any, begin: int, count: int, form: int) -> None:
+    for n in range(0, count, LANES):
+        if form == FLOAT32:
+            store(out, at, load_float32(packed, begin // 4 + n))
+        elif form == BFLOAT16:
+            store(out, at, load_bfloat16(packed, begin // 2 + n))
+        else:
+            store(out, at, load_float16(packed, begin // 2 + n))
+        at += step
 
 
 @njit(inline="always")
@@ -231,33 +251,71 @@ def _unpack_planes(
 
 
 @_compiled
-def _unpack_floats(out: Any, at: int, step: int, packed: Any, begin: int, count: int, form: int) -> None:
-    for n in range(0, count, LANES):
-        if form == FLOAT32:
-            store(out, at, load_float32(packed, begin // 4 + n))
-        elif form == BFLOAT16:
-            store(out, at, load_bfloat16(packed, begin // 2 + n))
-        else:
-            store(out, at, load_float16(packed, begin // 2 + n))
-        at += step
+def _unpack_fp4(
+    out: Any, at: int, step: int, packed: Any, begin: int, scales: Any, scales_at: int, g0: int, g1: int, group: int
+) -> None:
+    for g in range(g0, g1):
+        scale = broadcast(scales[scales_at + g])
+        for _ in range(group // (2 * LANES)):
+            some = load_bytes(packed, begin)
+            for plane in range(2):
+                size, sign = field(some, np.int32(4 * plane), 7), field(some, np.int32(4 * plane + 3), 1)
+                store(out, at, multiply(_fp4(size, sign), scale))
+                at += step
+            begin += LANES
+
+
+@_compiled
+def _fp4(size: Any, sign: Any) -> Any:
+    """The floats of codes 0 to 7, which are 0, 1/2, 1, 3/2, 2, 3, 4, 6, and their signs: a line that bends twice."""
+    half, one, zero = broadcast(np.float32(0.5)), broadcast(np.float32(1)), broadcast(np.float32(0))
+    above_4 = greater(fma(size, one, broadcast(np.float32(-4))), zero)
+    above_6 = greater(fma(size, one, broadcast(np.float32(-6))), zero)
+    value = fma(size, half, fma(above_4, half, above_6))
+    return multiply(value, fma(sign, broadcast(np.float32(-2)), one))
+
+
+@_compiled
+def _unpack_fields(
+    out: Any, at: int, step: int, packed: Any, begin: int, scales: Any, scales_at: int, biases_at: int,
+    g0: int, g1: int, bits: int, group: int,
+) -> None:  # fmt: skip
+    """Codes that do not divide a byte: eight of them are `bits` bytes, and are taken as one number."""
+    last = len(packed) - 16
+    for g in range(g0, g1):
+        scale, bias = broadcast(scales[scales_at + g]), broadcast(scales[biases_at + g])
+        prefetch(packed, begin + AHEAD)
+        for _ in range(group // LANES):
+            if begin <= last:
+                low, high = load_word(packed, begin), load_word(packed, begin + bits)
+            else:  # Beyond the end there is nothing to load.
+                low, high = _word(packed, begin, bits), _word(packed, begin + bits * (LANES // 8 - 1), bits)
+            store(out, at, fma(eight_fields(low, high, bits), scale, bias))
+            begin += bits * LANES // 8
+            at += step
+
+
+@_compiled
+def _word(packed: Any, begin: int, count: int) -> Any:
+    word = np.uint64(0)
+    for n in range(count):
+        word |= np.uint64(packed[begin + n]) << np.uint64(8 * n)
+    return word
 
 
 @_compiled
 def _unpack_codes(
     out: Any, at: int, step: int, packed: Any, begin: int, scales: Any, scales_at: int, biases_at: int,
-    g0: int, g1: int, bits: int, group: int, codes: Any,
+    g0: int, g1: int, bits: int, group: int,
 ) -> None:  # fmt: skip
-    mask = np.uint64((1 << bits) - 1)
-    lane = 0
+    mask, lane = np.uint64((1 << bits) - 1), 0
     for g in range(g0, g1):
-        scale, bias = scales[scales_at + g], scales[biases_at + g]
-        for _ in range(group // 8):  # Eight codes are so many bytes.
-            word = np.uint64(0)
-            for n in range(bits):
-                word |= np.uint64(packed[begin + n]) << np.uint64(8 * n)
+        for _ in range(group // 8):
+            word = _word(packed, begin, bits)
             begin += bits
             for n in range(8):
-                out[at + lane] = codes[np.int64(word >> np.uint64(bits * n) & mask)] * scale + bias
+                code = np.float32(np.int32(word >> np.uint64(bits * n) & mask))
+                out[at + lane] = code * scales[scales_at + g] + scales[biases_at + g]
                 lane += 1
                 if lane == LANES:
                     lane, at = 0, at + step
@@ -274,7 +332,7 @@ def multiply_rows(out: Any, x: Any, sums: Any, counts: Any, starts: Any, stored:
         end = (thread + 1) * (weights.rows // ROWS) // threads * ROWS
         work = np.zeros(ROWS * (DEPTH + 2 * (weights.columns // weights.group)), np.float32)
         for expert in range(len(counts)):
-            if counts[expert] == 1 and weights.bits == 4 and weights.planes == 2 and not weights.by_code:
+            if counts[expert] == 1 and weights.bits == 4 and weights.planes == 2 and not weights.fp4:
                 _one_row(out, x, sums, starts[expert], weights, expert, begin, end, work)
                 continue
             most = max(ROUND // weights.columns // COLUMNS, 1) * COLUMNS
@@ -288,16 +346,16 @@ def _one_row(
     out: Any, x: Any, sums: Any, start: int, weights: Weights, expert: int, begin: int, end: int, scales: Any
 ) -> None:
     """Rows `begin` to `end` of an expert's 4-bit weights times its single row of x, the one at `start`."""
-    packed, stored_scales, stored_biases, codes = weights.packed, weights.scales, weights.biases, weights.codes
-    columns, group, form, rows = weights.columns, weights.group, weights.scale_form, weights.rows
+    packed, stored_scales, stored_biases = weights.packed, weights.scales, weights.biases
+    columns, group, form, rows = weights.columns, weights.group, weights.form, weights.rows
     groups = columns // group
     for n in range(begin, end, ROWS):
         row = expert * rows + n
         # The scales' own reading ahead: they are too few bytes a row for the processor to see where this goes.
         prefetch(stored_scales, (row + 2 * ROWS) * groups * 2)
         prefetch(stored_biases, (row + 2 * ROWS) * groups * 2)
-        _read_scales(scales, 0, stored_scales, row * groups, ROWS * groups, form, codes)
-        _read_scales(scales, ROWS * groups, stored_biases, row * groups, ROWS * groups, form, codes)
+        _read_scales(scales, 0, stored_scales, row * groups, ROWS * groups, form)
+        _read_scales(scales, ROWS * groups, stored_biases, row * groups, ROWS * groups, form)
         for r in range(ROWS):
             w_at, biases_at = (row + r) * (columns // 2), (ROWS + r) * groups
             result = _vector_dot(scales, biases_at, sums, start * groups, groups - groups % LANES)
@@ -352,24 +410,24 @@ def _some_rows(
     work: Any,
 ) -> None:
     """Rows `begin` to `end` of an expert's weights, ROWS at a time, times its `count` rows of x."""
-    packed, stored_scales, stored_biases, codes = weights.packed, weights.scales, weights.biases, weights.codes
-    scale_values, form, rows, columns = weights.scale_values, weights.scale_form, weights.rows, weights.columns
-    bits, group, planes, by_code = weights.bits, weights.group, weights.planes, weights.by_code
+    packed, stored_scales, stored_biases = weights.packed, weights.scales, weights.biases
+    form, rows, columns = weights.form, weights.rows, weights.columns
+    bits, group, planes, fp4 = weights.bits, weights.group, weights.planes, weights.fp4
     groups, scales_at = columns // group, ROWS * DEPTH
     for n in range(begin, end, ROWS):
         first = expert * rows + n
         if len(stored_scales):
-            _read_scales(work, scales_at, stored_scales, first * groups, ROWS * groups, form, scale_values)
+            _read_scales(work, scales_at, stored_scales, first * groups, ROWS * groups, form)
         if len(stored_biases):
             biases_at = scales_at + ROWS * groups
-            _read_scales(work, biases_at, stored_biases, first * groups, ROWS * groups, form, codes)
+            _read_scales(work, biases_at, stored_biases, first * groups, ROWS * groups, form)
         for k0 in range(0, columns, DEPTH):
             k1 = min(columns, k0 + DEPTH)
             for r in range(ROWS):
                 at = scales_at + r * groups
                 _unpack(
-                    work, r * LANES, ROWS * LANES, packed, (first + r) * (columns * bits // 8), work,
-                    at + ROWS * groups, k0 // group, k1 // group, bits, group, planes, by_code, codes, at, form,
+                    work, r * LANES, ROWS * LANES, packed, (first + r) * (columns * bits // 8), work, at,
+                    at + ROWS * groups, k0 // group, k1 // group, bits, group, planes, fp4, form,
                 )  # fmt: skip
             _blocks(out, x, start, count, alone, rows, columns, n, k0, (k1 - k0) // LANES, work)
 

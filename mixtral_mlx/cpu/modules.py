@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -33,18 +34,18 @@ _NOTHING = np.zeros(0, np.uint8)
 _lock = threading.RLock()
 
 
+@cache
 def _threads() -> int:
     """How many threads kernels run on. The first call starts them, to sleep while there is nothing to do.
 
     OpenMP's own way is to wait busily, which brings everything to a halt where another program wants the core."""
-    with _lock:
-        before = os.environ.get("OMP_WAIT_POLICY")
-        os.environ["OMP_WAIT_POLICY"] = before or "passive"
-        try:
-            return numba.get_num_threads()
-        finally:
-            if before is None:
-                del os.environ["OMP_WAIT_POLICY"]
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = before or "passive"
+    try:
+        return numba.get_num_threads()
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
 
 
 def can_attend(attention: model.Attention) -> bool:
@@ -61,28 +62,8 @@ def fits(module: nn.Module) -> bool:
     if module.weight.shape[-2] % kernels.ROWS or columns % (LANES if quantized else _FLOAT_GROUP):
         return False
     if quantized and module.mode != "affine":
-        return module.mode in _TABLES
+        return module.mode == "mxfp4" and module.group_size % (2 * LANES) == 0
     return (module.scales if quantized else module.weight).dtype in _FORMS
-
-
-def _e4m3() -> Floats:
-    """What each byte means as a float of 4 exponent and 3 mantissa bits."""
-    codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, codes & 7
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    return np.where(codes & 128, -size, size).astype(np.float32)
-
-
-def _e2m1() -> Floats:
-    """What each half byte means as a float of 2 exponent bits and 1 mantissa bit."""
-    sizes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    return np.array([*sizes, *(-size for size in sizes)], np.float32)
-
-
-_CODES = np.arange(256, dtype=np.float32)
-_POWERS = np.append(np.exp2(np.arange(255, dtype=np.float32) - 127), np.float32("nan"))
-# What codes and scales mean.
-_TABLES = {"mxfp4": (_e2m1(), _POWERS), "nvfp4": (_e2m1(), _e4m3()), "mxfp8": (_e4m3(), _POWERS)}
 
 
 def weights_of(module: Any) -> Weights:
@@ -91,16 +72,14 @@ def weights_of(module: Any) -> Weights:
     packed, rows = np.frombuffer(weight, np.uint8), weight.shape[-2]
     if "scales" not in module:
         form, bits = _FORMS[weight.dtype], weight.itemsize * 8
-        columns = weight.shape[-1]
-        return Weights(packed, _NOTHING, _NOTHING, _CODES, _CODES, rows, columns, bits, _FLOAT_GROUP, 1, False, form)
+        return Weights(packed, _NOTHING, _NOTHING, rows, weight.shape[-1], bits, _FLOAT_GROUP, 1, False, form)
     scales, group, bits = module["scales"], module.group_size, module.bits
     columns, stored = scales.shape[-1] * group, np.frombuffer(scales, np.uint8)
-    if module.mode != "affine":
-        codes, values = _TABLES[module.mode]
-        return Weights(packed, stored, _NOTHING, codes, values, rows, columns, bits, group, 1, True, kernels.TABLE)
+    if module.mode == "mxfp4":
+        return Weights(packed, stored, _NOTHING, rows, columns, bits, group, 2, True, kernels.E8M0)
     planes = 8 // bits if bits in (2, 4, 8) and 8 // bits * LANES <= group else 1
-    biases, form = np.frombuffer(module["biases"], np.uint8), _FORMS[scales.dtype]
-    return Weights(packed, stored, biases, _CODES, _CODES, rows, columns, bits, group, planes, False, form)
+    biases = np.frombuffer(module["biases"], np.uint8)
+    return Weights(packed, stored, biases, rows, columns, bits, group, planes, False, _FORMS[scales.dtype])
 
 
 def _numpy(x: mx.array) -> Floats:

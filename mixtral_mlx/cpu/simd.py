@@ -33,6 +33,7 @@ def _host_features() -> set[str]:
 LANES = _lanes()
 
 _HALF, _FLOAT, _BYTE, _SHORT, _INT = ir.HalfType(), ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_LONG = ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 
 
@@ -133,6 +134,36 @@ def field(typing: Any, vector: Any, shift: Any, mask: Any) -> tuple[Any, _Emit]:
         return builder.sitofp(builder.and_(shifted, _splat(builder, mask, _INTS)), _FLOATS)
 
     return f32(vector, types.int32, types.int32), emit
+
+
+@intrinsic
+def load_word(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
+    """Eight bytes from `array[index]` on, as one number, the first being its lowest."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(_address(context, builder, signature, _LONG, *arguments), align=1)
+
+    return types.uint64(array, types.intp), emit
+
+
+@intrinsic
+def eight_fields(typing: Any, low: Any, high: Any, bits: Any) -> tuple[Any, _Emit]:
+    """LANES fields of so many bits as floats: eight from `low`, and as many from `high` where a vector holds 16."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        low, high, bits = arguments
+        longs = ir.VectorType(_LONG, LANES)
+        words = _splat(builder, low, longs)
+        if LANES == 16:
+            halves = ir.Constant(_INTS, [*range(8), *range(16, 24)])
+            words = builder.shuffle_vector(words, _splat(builder, high, longs), halves)
+        places = ir.Constant(longs, [lane % 8 for lane in range(LANES)])
+        shifts = builder.mul(places, _splat(builder, bits, longs))
+        mask = builder.sub(builder.shl(_LONG(1), bits), _LONG(1))
+        fields = builder.and_(builder.lshr(words, shifts), _splat(builder, mask, longs))
+        return builder.sitofp(builder.trunc(fields, _INTS), _FLOATS)
+
+    return f32(types.uint64, types.uint64, types.int64), emit
 
 
 @intrinsic
@@ -286,6 +317,12 @@ def _from_bfloat16(builder: Any, value: Any, floats: ir.Type, integers: ir.Type)
     return builder.bitcast(builder.shl(builder.zext(value, integers), shift), floats)
 
 
+def _from_e8m0(builder: Any, value: Any, floats: ir.Type, integers: ir.Type) -> Any:
+    # An exponent alone: where a float has its own.
+    shift = _shift(23) if integers is _INTS else _INT(23)
+    return builder.bitcast(builder.shl(builder.zext(value, integers), shift), floats)
+
+
 def _from_float16(builder: Any, value: Any, floats: ir.Type, integers: ir.Type) -> Any:
     return builder.fpext(value, floats)
 
@@ -296,3 +333,5 @@ read_float16 = _reader(_from_float16, _HALF, 2, 1)
 load_float32 = _reader(_from_float32, _FLOAT, 4, LANES)
 load_bfloat16 = _reader(_from_bfloat16, _SHORT, 2, LANES)
 load_float16 = _reader(_from_float16, _HALF, 2, LANES)
+read_e8m0 = _reader(_from_e8m0, _BYTE, 1, 1)
+load_e8m0 = _reader(_from_e8m0, _BYTE, 1, LANES)
