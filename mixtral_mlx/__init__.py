@@ -2,7 +2,9 @@
 
     config     the numbers that define a Mixtral
     memory     this machine
+    borrowed   what we use of mlx-lm
     model      the mathematics
+    cpu        products and attention where there is no GPU
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks

@@ -4,8 +4,11 @@ MLX's CPU backend is made to be right; with quantized weights it reaches a few p
 `accelerate` replaces the layers where that matters by ones that compute the same with numba's vector code:
 
     modules     drop-ins for MLX's layers and for our decoder layer
-    kernels     products of packed weights, attention, on flat arrays
+    products    rows of x times packed weights, each row with its own experts
+    attention   queries over keys and values
+    unpack      packed weights → floats
     simd        vectors for numba
+    jit         how kernels are compiled, and where what was compiled is kept
 
 Weights stay where and as they are; everything is computed in float32. On a GPU nothing of this is imported."""
 

@@ -1,4 +1,4 @@
-"""Modules that compute with `kernels` on MLX's own arrays: drop-ins for MLX's layers and for our decoder layer.
+"""Modules that compute with our kernels on MLX's own arrays: drop-ins for MLX's layers and for our decoder layer.
 
 They keep parameters, names and interface of what they stand for, which is how they are put into a model: an existing
 module is given one of these classes. While training they leave the work to MLX, which knows gradients; what an adapter
@@ -21,13 +21,14 @@ import numpy as np
 
 from .. import model
 from ..borrowed import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, scaled_dot_product_attention
-from . import kernels
-from .kernels import Weights
+from . import products, unpack
+from .attention import FEW, PANEL, attend_few, attend_many, transpose_keys
+from .products import Weights
 from .simd import LANES
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
-_FORMS = {mx.float32: kernels.FLOAT32, mx.bfloat16: kernels.BFLOAT16, mx.float16: kernels.FLOAT16}
+_FORMS = {mx.float32: unpack.FLOAT32, mx.bfloat16: unpack.BFLOAT16, mx.float16: unpack.FLOAT16}
 _FLOAT_GROUP = 32
 _NOTHING = np.zeros(0, np.uint8)
 # One caller at a time: some of numba's thread pools can serve no more, and there is one processor anyway.
@@ -50,7 +51,7 @@ def _threads() -> int:
 
 def can_attend(attention: model.Attention) -> bool:
     """Whether the kernels can compute with heads of this width."""
-    return attention.head_dim % kernels.PANEL == 0
+    return attention.head_dim % PANEL == 0
 
 
 def fits(module: nn.Module) -> bool:
@@ -59,7 +60,7 @@ def fits(module: nn.Module) -> bool:
         return False
     quantized = "scales" in module
     columns = module.scales.shape[-1] * module.group_size if quantized else module.weight.shape[-1]
-    if module.weight.shape[-2] % kernels.ROWS or columns % (LANES if quantized else _FLOAT_GROUP):
+    if module.weight.shape[-2] % products.ROWS or columns % (LANES if quantized else _FLOAT_GROUP):
         return False
     if quantized and module.mode != "affine":
         return module.mode == "mxfp4" and module.group_size % (2 * LANES) == 0
@@ -76,7 +77,7 @@ def weights_of(module: Any) -> Weights:
     scales, group, bits = module["scales"], module.group_size, module.bits
     columns, stored = scales.shape[-1] * group, np.frombuffer(scales, np.uint8)
     if module.mode == "mxfp4":
-        return Weights(packed, stored, _NOTHING, rows, columns, bits, group, 2, True, kernels.E8M0)
+        return Weights(packed, stored, _NOTHING, rows, columns, bits, group, 2, True, unpack.E8M0)
     planes = 8 // bits if bits in (2, 4, 8) and 8 // bits * LANES <= group else 1
     biases = np.frombuffer(module["biases"], np.uint8)
     return Weights(packed, stored, biases, rows, columns, bits, group, planes, False, _FORMS[scales.dtype])
@@ -90,7 +91,7 @@ def _numpy(x: mx.array) -> Floats:
 class _Rows:
     """Rows of x (N, K), laid out for products with weights of one format after the other."""
 
-    def __init__(self, x: Floats, plan: kernels.Plan, source: np.ndarray[Any, Any] | None = None) -> None:
+    def __init__(self, x: Floats, plan: products.Plan, source: np.ndarray[Any, Any] | None = None) -> None:
         self.x = x.reshape(-1)
         self.columns = x.shape[-1]
         self.plan = plan
@@ -100,7 +101,7 @@ class _Rows:
     @classmethod
     def of(cls, x: Floats) -> _Rows:
         """Rows for plain matrices."""
-        return cls(x, kernels.plan(np.zeros(len(x), np.uint32), 1, 1))
+        return cls(x, products.plan(np.zeros(len(x), np.uint32), 1, 1))
 
     def times(self, module: Any) -> Floats:
         """The product with the weights of `module`, its rows (P, N) in the order of the plan."""
@@ -110,13 +111,13 @@ class _Rows:
             self.arranged[layout] = self._arrange(*layout)
         plan, (x, sums) = self.plan, self.arranged[layout]
         out = np.empty((len(self.source), weights.rows), np.float32)
-        kernels.multiply_rows(out.reshape(-1), x, sums, plan.counts, plan.starts, tuple(weights), _threads())
+        products.multiply_rows(out.reshape(-1), x, sums, plan.counts, plan.starts, tuple(weights), _threads())
         return out
 
     def _arrange(self, planes: int, group: int) -> tuple[Floats, Floats]:
         plan, rows = self.plan, len(self.source)
         out, sums = np.empty(rows * self.columns, np.float32), np.empty(rows * (self.columns // group), np.float32)
-        kernels.arrange(out, sums, self.x, self.source, plan.starts, plan.alone, self.columns, group, planes)
+        products.arrange(out, sums, self.x, self.source, plan.starts, plan.alone, self.columns, group, planes)
         return out, sums
 
 
@@ -185,12 +186,12 @@ class Experts(SwitchGLU):
         plain = (SwitchLinear, QuantizedSwitchLinear)
         return all(type(self[name]) in plain for name in ("gate_proj", "up_proj", "down_proj"))
 
-    def outputs(self, x: Floats, chosen: np.ndarray[Any, Any], per_token: int) -> tuple[Floats, kernels.Plan]:
+    def outputs(self, x: Floats, chosen: np.ndarray[Any, Any], per_token: int) -> tuple[Floats, products.Plan]:
         """x (N, D), chosen (N · K,) → the experts' outputs (P, D), and the plan that says where each choice's is."""
-        plan = kernels.plan(chosen, self.gate_proj.num_experts, per_token)
+        plan = products.plan(chosen, self.gate_proj.num_experts, per_token)
         rows = _Rows(x, plan)
         hidden = rows.times(self.gate_proj)
-        kernels.silu_times(hidden.reshape(-1), rows.times(self.up_proj).reshape(-1))
+        products.silu_times(hidden.reshape(-1), rows.times(self.up_proj).reshape(-1))
         return _Rows(hidden, plan, np.arange(len(hidden))).times(self.down_proj), plan
 
 
@@ -244,9 +245,9 @@ class DecoderLayer(model.DecoderLayer):
         per_token, experts = moe.num_chosen, moe.switch_mlp.gate_proj.num_experts
         logits = _Rows.of(x).times(moe.gate)[: len(x)]
         chosen, shares = np.empty(len(x) * per_token, np.int64), np.empty(len(x) * per_token, np.float32)
-        kernels.choose(chosen, shares, logits.reshape(-1), experts, per_token)
+        products.choose(chosen, shares, logits.reshape(-1), experts, per_token)
         rows, plan = moe.switch_mlp.outputs(x, chosen, per_token)
-        kernels.combine(hidden.reshape(-1), rows.reshape(-1), plan.place, shares, per_token, hidden.shape[-1])
+        products.combine(hidden.reshape(-1), rows.reshape(-1), plan.place, shares, per_token, hidden.shape[-1])
 
 
 def _normalized(x: Floats, norm: nn.RMSNorm) -> Floats:
@@ -278,12 +279,12 @@ def _attend(queries: Floats, keys: Floats, values: Floats, scale: float, mask: A
     first = length - T if isinstance(mask, str) else length
     how = (hidden, H // heads, T, first, np.float32(scale))
     out = np.empty_like(queries)
-    if H // heads * T < kernels.FEW:
-        kernels.attend_few(out.reshape(-1), queries.reshape(-1), keys, values, *how)
+    if H // heads * T < FEW:
+        attend_few(out.reshape(-1), queries.reshape(-1), keys, values, *how)
     else:
-        panels = np.empty(B * heads * -(-length // kernels.PANEL) * kernels.PANEL * width, np.float32)
-        kernels.transpose_keys(panels, keys)
-        kernels.attend_many(out.reshape(-1), queries.reshape(-1), panels, values, *how)
+        panels = np.empty(B * heads * -(-length // PANEL) * PANEL * width, np.float32)
+        transpose_keys(panels, keys)
+        attend_many(out.reshape(-1), queries.reshape(-1), panels, values, *how)
     return np.ascontiguousarray(out.swapaxes(1, 2))
 
 

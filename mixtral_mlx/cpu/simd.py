@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba.core.config
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
+
+from .jit import compiled, inlined
 
 
 def _lanes() -> int:
@@ -335,3 +338,20 @@ load_bfloat16 = _reader(_from_bfloat16, _SHORT, 2, LANES)
 load_float16 = _reader(_from_float16, _HALF, 2, LANES)
 read_e8m0 = _reader(_from_e8m0, _BYTE, 1, 1)
 load_e8m0 = _reader(_from_e8m0, _BYTE, 1, LANES)
+
+
+@inlined
+def vector_dot(a: Any, a_at: int, b: Any, b_at: int, count: int) -> Any:
+    """a · b over `count` elements, a multiple of LANES, still in lanes."""
+    result = broadcast(np.float32(0))
+    for n in range(0, count, LANES):
+        result = fma(load(a, a_at + n), load(b, b_at + n), result)
+    return result
+
+
+@compiled
+def add_scaled(out: Any, at: int, values: Any, values_at: int, width: int, scale: float) -> None:
+    """out += scale · values over `width` elements, a multiple of LANES."""
+    factor = broadcast(scale)
+    for n in range(0, width, LANES):
+        store(out, at + n, fma(load(values, values_at + n), factor, load(out, at + n)))
