@@ -129,7 +129,7 @@ _ENGINES: dict[str, Callable[[Path, str], Engine]] = {"mixtral-mlx": Ours, "mlx-
 
 
 @dataclass(frozen=True)
-class _Decode:
+class Decode:
     """A request to make tokens: `tokens` steps for `batch` sequences of `context` tokens."""
 
     context: int
@@ -140,21 +140,21 @@ class _Decode:
 
 def read_prompt(engine: Engine, tokens: int) -> float:
     """Seconds to read `tokens` ids and have the next token."""
-    prompt = _ids(engine, tokens)
+    prompt = seeded_ids(engine, tokens)
     start = time.perf_counter()
     next(engine.tokens(prompt, 1))
     return time.perf_counter() - start
 
 
-def decode(engine: Engine, request: _Decode) -> float:
+def decode(engine: Engine, request: Decode) -> float:
     """Seconds for the steps of `request`: in the engine's own loop for one fresh sequence, else in one both share."""
     if request.batch == 1 and request.context == 0 and request.kv_bits is None:
         return _in_its_own_loop(engine, request.tokens)
-    return _in_the_shared_loop(engine, request)
+    return in_the_shared_loop(engine, request)
 
 
 def _in_its_own_loop(engine: Engine, tokens: int) -> float:
-    steps = engine.tokens(_ids(engine, 1), tokens + _PRIMED)
+    steps = engine.tokens(seeded_ids(engine, 1), tokens + _PRIMED)
     next(steps)
     start = time.perf_counter()
     for _ in range(tokens):
@@ -162,7 +162,8 @@ def _in_its_own_loop(engine: Engine, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def _in_the_shared_loop(engine: Engine, request: _Decode) -> float:
+def in_the_shared_loop(engine: Engine, request: Decode) -> float:
+    """Seconds for the steps of `request` in a loop that asks nothing of an engine but its model."""
     cache = _filled_cache(engine, request)
 
     def step(tokens: mx.array) -> mx.array:  # (B,) → (B,)
@@ -170,7 +171,7 @@ def _in_the_shared_loop(engine: Engine, request: _Decode) -> float:
         mx.async_eval(following)
         return following
 
-    current = step(mx.array(_ids(engine, request.batch)))
+    current = step(mx.array(seeded_ids(engine, request.batch)))
     mx.eval(current)
     start = time.perf_counter()
     current = step(current)
@@ -183,7 +184,7 @@ def _in_the_shared_loop(engine: Engine, request: _Decode) -> float:
     return time.perf_counter() - start
 
 
-def _filled_cache(engine: Engine, request: _Decode) -> list[Any]:
+def _filled_cache(engine: Engine, request: Decode) -> list[Any]:
     """A cache of `context` tokens for each sequence, of seeded values: reading a prompt for it could take hours."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
@@ -207,7 +208,8 @@ def _filled_cache(engine: Engine, request: _Decode) -> list[Any]:
     return caches
 
 
-def _ids(engine: Engine, count: int) -> list[int]:
+def seeded_ids(engine: Engine, count: int) -> list[int]:
+    """The same `count` random ids each time."""
     drawn: Any = mx.random.randint(0, engine.model.args.vocab_size, (count,), key=mx.random.key(_SEED)).tolist()
     return list(drawn)
 
@@ -219,7 +221,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         if op == "prompt":
             return {"seconds": read_prompt(engine, request["tokens"])}
         if op == "decode":
-            return {"seconds": decode(engine, _Decode(**request))}
+            return {"seconds": decode(engine, Decode(**request))}
     except (MixtralError, RuntimeError, MemoryError, ValueError) as error:
         return {"unsupported": str(error) or type(error).__name__}
     if op == "memory":
