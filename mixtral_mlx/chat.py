@@ -41,6 +41,7 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
 
     `beside_bytes` are taken by a model that stays in memory. Raises `MixtralError`."""
     with notice("Starting MLX …", quiet=choice.quiet):
+        from . import cpu
         from .generate import Conversation
         from .prompt import Tokenizer
         from .weights import Checkpoint, load, locate
@@ -52,6 +53,9 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
     with CtrlC() as stopped, Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
         tokenizer = Tokenizer.read(folder)
         loaded = load(folder, dtype=choice.dtype, on_progress=bar, cancelled=stopped)
+    if cpu.is_available() and cpu.has_to_compile(loaded.model):
+        with notice("Compiling for this processor, once …", quiet=choice.quiet):
+            cpu.compile_for(loaded.model)
     if loaded.note and not choice.quiet:
         print(loaded.note, file=sys.stderr, flush=True)
     conversation = Conversation(loaded.model, kv_bits=choice.kv_bits, context=choice.context)

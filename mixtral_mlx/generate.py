@@ -345,7 +345,8 @@ class _Sampler:
         chosen = mx.take_along_axis(logprobs[0], token, axis=0)
         if not self.num_top:
             return token, chosen
-        top = mx.argsort(-logprobs[0])[: self.num_top]
+        top = mx.argpartition(-logprobs[0], kth=self.num_top - 1)[: self.num_top]  # Few of many: no need to sort all.
+        top = top[mx.argsort(-logprobs[0][top])]
         return token, chosen, top, logprobs[0][top]
 
 

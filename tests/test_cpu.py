@@ -267,6 +267,29 @@ def test_without_numba_mlx_computes_alone_and_a_line_says_so(
     assert capfd.readouterr().err.splitlines()[-1].startswith("numba is not installed")
 
 
+def test_what_is_compiled_is_kept_by_the_state_of_the_sources(tmp_path: Path) -> None:
+    model = both(replace(SMALL, quantization=Q4))[0]
+    cpu.compile_for(model)
+    assert not cpu.has_to_compile(model)
+    script = (
+        "from mixtral_mlx.cpu import jit, products\n"
+        "import numba; assert numba.config.CACHE_DIR == ''\n"
+        "import numpy as np; products.plan(np.zeros(3, np.uint32), 1, 1)\n"
+        "print(jit.folder(), sum(1 for _ in jit.folder().rglob('*.nbi')))"
+    )
+    kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+    answer = subprocess.run([sys.executable, "-c", script], env=kept, check=True, capture_output=True, text=True)
+    folder, count = answer.stdout.split()
+    assert Path(folder).is_relative_to(tmp_path)
+    assert int(count) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without() -> None:
+    script = "import numpy as np; from mixtral_mlx.cpu import products; products.plan(np.zeros(3, np.uint32), 1, 1)"
+    nowhere = {**os.environ, "XDG_CACHE_HOME": "/proc/nowhere"}
+    subprocess.run([sys.executable, "-c", script], env=nowhere, check=True)
+
+
 def test_threads_are_started_without_changing_the_environment() -> None:
     script = (
         "import os; before = dict(os.environ)\n"

@@ -56,6 +56,19 @@ def accelerate(model: Model) -> None:
         _replace(model.lm_head)
 
 
+def has_to_compile(model: Model) -> bool:
+    """Whether the first token of `model` will take some seconds, since its kernels are new to this machine."""
+    from . import jit, modules
+
+    return isinstance(model.layers[0], modules.DecoderLayer) and not any(jit.folder().rglob("*.nbi"))
+
+
+def compile_for(model: Model) -> None:
+    """Run `model` over a few tokens, one and several at a time."""
+    for tokens in (1, 16):
+        mx.eval(model(mx.array([[1] * tokens])))
+
+
 def _replace(module: nn.Module) -> None:
     from . import modules
 

@@ -26,18 +26,19 @@ def entry(function: Callable[..., Any]) -> Any:
     """For a kernel that Python calls: compiled at its first call, on this machine once, and run on several threads.
 
     It takes arrays, numbers and plain tuples."""
-    with _kept_in(_folder()):
+    with _kept_in(folder()):
         return numba.njit(nogil=True, boundscheck=False, parallel=True, cache=True)(function)
 
 
 def serial_entry(function: Callable[..., Any]) -> Any:
     """Like `entry`, for work too small to share."""
-    with _kept_in(_folder()):
+    with _kept_in(folder()):
         return numba.njit(nogil=True, boundscheck=False, cache=True)(function)
 
 
 @cache
-def _folder() -> Path:
+def folder() -> Path:
+    """Where what these sources were compiled to is kept."""
     sources = hashlib.sha256(numba.__version__.encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(file.read_bytes())
