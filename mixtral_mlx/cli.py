@@ -204,7 +204,8 @@ def _add_model(parser: _Parser, default: str) -> None:
         type=_one_of("auto", "bfloat16", "float16", "float32"),
         default="auto",
         metavar="T",
-        help="compute in bfloat16, float16 or float32; auto is the checkpoint's own, on M1 and M2 float16, without a GPU float32",
+        help="compute in bfloat16, float16 or float32; auto is the checkpoint's own, on M1 and M2 float16, "
+        "without a GPU float32",
     )
     group.add_argument(
         "--context", type=_count(2), metavar="N", help="most tokens of prompt and answer (the model's own limit)"

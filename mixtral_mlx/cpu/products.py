@@ -107,14 +107,13 @@ def arrange(
     out: Any, sums: Any, x: Any, source: Any, starts: Any, alone: Any, columns: int, group: int, planes: int
 ) -> None:
     """Lay out the rows of `x` (T, K) that `source` names: `out` (P, K), and the `sums` (P, G) of lone ones' groups."""
-    threads = 1 if len(source) < 2 * COLUMNS else len(source)
-    for thread in prange(threads):
-        for row in range(thread * len(source) // threads, (thread + 1) * len(source) // threads):
+    parts = 1 if len(source) < 2 * COLUMNS else len(source)
+    for part in prange(parts):
+        for row in range(part * len(source) // parts, (part + 1) * len(source) // parts):
             first = source[row] * columns
             if alone[row]:
                 _arrange_row(out, row * columns, LANES, x, first, columns, planes)
-                if group:
-                    _sum_groups(sums, row * (columns // group), x, first, columns, group)
+                _sum_groups(sums, row * (columns // group), x, first, columns, group)
             else:
                 start = 0
                 for n in range(len(starts)):

@@ -285,8 +285,8 @@ def help_train(model: MixtralForCausalLM, mailbox: Mailbox, rows: Rows, tokenize
 class Trainer:
     """A model, its optimizer and how far they have come; everything a resumed run needs."""
 
-    def __init__(self, rows: Rows, minutes: float) -> None:
-        self.rows, self.minutes = rows, minutes
+    def __init__(self, rows: Rows, minutes: float, *, exact: bool = False) -> None:
+        self.rows, self.minutes, self.exact = rows, minutes, exact
         self.model = build(len(rows.own) + 1)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         plain = [p for p in self.model.parameters() if p.dim() == 1]
@@ -317,7 +317,7 @@ class Trainer:
     def _gradients(self, batch: Batch) -> tuple[float, float]:
         """Gradients at the rounded weights, once it is time, applied to the exact ones (straight through)."""
         exact = None
-        if self.seconds > QUANTIZED_FROM * 60 * self.minutes:
+        if not self.exact and self.seconds > QUANTIZED_FROM * 60 * self.minutes:
             exact = [p.detach().clone() for p in self.model.parameters()]
             round_weights(self.model)
         loss, balance = backward(self.model, batch, self.rows)
@@ -337,24 +337,38 @@ class Trainer:
         (folder / "state.pt.part").replace(folder / "state.pt")
 
     @staticmethod
-    def resume(folder: Path, minutes: float, vocab_size: int) -> Trainer:
+    def begin_with(folder: Path, rows: Rows, minutes: float, *, exact: bool) -> Trainer:
+        """A trainer that goes on from the weights of a Hugging Face folder."""
+        trainer = Trainer(rows, minutes, exact=exact)
+        state = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        embedding = state.pop("model.embed_tokens.weight")
+        other = next(n for n in range(rows.vocab_size) if n not in set(rows.own))
+        state["model.embed_tokens.weight"] = state["lm_head.weight"] = embedding[[*rows.own, other]]
+        trainer.model.load_state_dict(state)
+        return trainer
+
+    @staticmethod
+    def resume(folder: Path, minutes: float, vocab_size: int, *, exact: bool) -> Trainer:
         state = torch.load(folder / "state.pt", weights_only=True)
-        trainer = Trainer(Rows(tuple(state["own"]), vocab_size), minutes)
+        trainer = Trainer(Rows(tuple(state["own"]), vocab_size), minutes, exact=exact)
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step, trainer.tokens, trainer.seconds = state["step"], state["tokens"], state["seconds"]
         return trainer
 
 
-def train(output: Path, tokenizer: Path, minutes: float, resume: bool, helped: bool) -> None:
+def train(how: argparse.Namespace) -> None:
     """Train for so many minutes in all, saving what `resume` needs and the model itself every couple of minutes."""
+    output, tokenizer, minutes = how.output, how.tokenizer, how.minutes
     encoder, work = Encoder(tokenizer), output.with_name(output.name + ".training")
     torch.manual_seed(0)
-    if resume:
-        trainer = Trainer.resume(work, minutes, encoder.pieces.vocab_size())
+    if how.resume:
+        trainer = Trainer.resume(work, minutes, encoder.pieces.vocab_size(), exact=how.exact)
+    elif how.start:
+        trainer = Trainer.begin_with(how.start, Rows.used_by(encoder), minutes, exact=how.exact)
     else:
-        trainer = Trainer(Rows.used_by(encoder), minutes)
-    mailbox = start_helper(trainer, tokenizer) if helped else None
+        trainer = Trainer(Rows.used_by(encoder), minutes, exact=how.exact)
+    mailbox = start_helper(trainer, tokenizer) if how.helper else None
     saved, recent = time.monotonic(), []
     for batch in batches(encoder, trainer.rows, seed=1 + 2 * trainer.step):
         recent.append(trainer.learn(batch, mailbox))
@@ -467,6 +481,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="Mixtral's tokenizer.model, version 1 (32000 tokens)")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time in all, earlier runs counted in")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state beside --output")
+    parser.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="begin with the weights of this Hugging Face folder"
+    )
+    parser.add_argument("--exact", action="store_true", help="never round the weights to 4 bits")
     parser.add_argument("--helper", action="store_true", help="compute gradients in a second process as well")
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="ask this model the held-out questions")
     parser.add_argument("--questions", type=int, default=1160)
@@ -480,7 +498,7 @@ def main() -> None:
             result = evaluate(args.evaluate, args.questions, args.dtype, args.quantized, args.seed, args.show)
         print(json.dumps(result, indent=1))
     elif args.output and args.tokenizer:
-        train(args.output, args.tokenizer, args.minutes, args.resume, args.helper)
+        train(args)
     else:
         parser.error("give --output and --tokenizer to train, or --evaluate")
 
