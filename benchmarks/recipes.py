@@ -3,8 +3,8 @@ divergence from the unquantized model, with the router at 8 bits as the recipes 
 
     python benchmarks/recipes.py FLOAT_CHECKPOINT
 
-Meant for the demo model, unquantized: the text is of its kind. What ships has learned to live on a grid of 4 bits, so let
-its weights leave it first:
+Meant for the demo model, unquantized: the text is of its kind. What ships has learned to live on a grid of 4 bits, so
+let its weights leave it first:
 
     python benchmarks/export.py mixtral_mlx/demo/model --transformers START
     python -m mixtral_mlx.demo.train --start START --exact --minutes 10 --output FLOAT_CHECKPOINT --tokenizer T"""
