@@ -18,7 +18,8 @@ class _Package(ModuleType):
     """A package whose `__init__` has not run yet."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or self.__spec__ is None or self.__spec__.loader is None:
+        inside = not name.startswith("__") or name in ("__all__", "__version__")
+        if not inside or self.__spec__ is None or self.__spec__.loader is None:
             raise AttributeError(name)
         self.__class__ = ModuleType  # type: ignore[assignment]
         with file_limit_kept():

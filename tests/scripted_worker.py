@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit("No module named engine")
     with Path(log).open("a") as asked:
         print(name, "starts", os.getpid(), file=asked, flush=True)
-        say({"ready": True, "engine": name, "version": "1", "dtype": "float32", "load_s": 0.5, "first_s": None})
+        say({"ready": True, "engine": name, "version": "1", "dtype": "float32", "load_s": 0.5})
         for line in sys.stdin:
             request = json.loads(line)
             print(name, request["op"], request.get("tokens", ""), file=asked, flush=True)

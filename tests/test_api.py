@@ -46,7 +46,7 @@ import resource
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
 from mixtral_mlx import load, stream_generate
 import mlx_lm
-assert callable(mlx_lm.stream_generate)
+assert mlx_lm.__version__ and callable(mlx_lm.stream_generate)
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == before, resource.getrlimit(resource.RLIMIT_NOFILE)
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -4,10 +4,10 @@ The protocol, which a worker for any other engine speaks too, is lines of JSON: 
 one answer to each, in order. The process ends with its stdin. Nothing else may reach stdout; what the engine prints
 belongs on stderr. First, unasked, when the model is loaded:
 
-    {"ready": true, "engine": "mlx-lm", "version": "0.32.2", "dtype": "float32", "load_s": 1.2, "first_s": null}
+    {"ready": true, "engine": "mlx-lm", "version": "0.32.2", "dtype": "float32", "load_s": 1.2}
 
-`dtype` is what is computed in, `load_s` the time from weights on disk to weights in memory without imports, `first_s`
-the time from process start to a first token where the engine measures that itself, else null. If it cannot load:
+`dtype` is what is computed in, `load_s` the time from weights on disk to weights in memory without imports. If it
+cannot load:
 
     {"error": {"code": "unsupported_dtype", "message": "what was found and expected", "hint": "what to do"}}
 
@@ -232,7 +232,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 def serve(engine: Engine, requests: TextIO, answers: TextIO) -> None:
     """Answer until the requests end."""
     ready = {"engine": engine.name, "version": engine.version, "dtype": engine.dtype, "load_s": engine.load_s}
-    _say(answers, {"ready": True, **ready, "first_s": None})
+    _say(answers, {"ready": True, **ready})
     for line in requests:
         request = json.loads(line)
         if request["op"] == "exit":
