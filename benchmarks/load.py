@@ -22,7 +22,10 @@ import time
 from mixtral_mlx.memory import peak_rss_bytes
 from mixtral_mlx.prompt import Tokenizer
 from mixtral_mlx.weights import load
-import mlx_lm, mistral_common.tokens.tokenizers.sentencepiece
+import mixtral_mlx.model, mistral_common.tokens.tokenizers.sentencepiece
+from mixtral_mlx import cpu
+if cpu.is_available():
+    import mixtral_mlx.cpu.modules
 before = peak_rss_bytes()
 start = time.perf_counter()
 loaded, tokenizer = load(folder), Tokenizer.read(folder)

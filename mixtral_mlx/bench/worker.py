@@ -37,11 +37,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import mlx.core as mx
 
+from .. import cpu
 from ..config import MixtralError
 from ..session import peak_bytes
 
@@ -68,12 +70,13 @@ class Ours:
     name = "mixtral-mlx"
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        from .. import (
-            __version__,
-            model,  # noqa: F401 - imports are not what loading is timed for, on either side
-        )
+        from .. import __version__
         from ..weights import load
 
+        # Imports are not what loading is timed for, on either side.
+        import_module("mixtral_mlx.model")
+        if cpu.is_available():
+            import_module("mixtral_mlx.cpu.modules")
         loaded = load(folder, dtype=dtype)
         self.version = __version__
         self.dtype, self.load_s, self.model = loaded.dtype, loaded.seconds, loaded.model
