@@ -209,6 +209,9 @@ def test_the_first_token_is_the_command_lines_or_a_workers(log: Path) -> None:
     (measured,) = run_turns([says, scripted("b", log)], row, turns=1).measured
     assert 0 < measured.samples["a"].values[0] < 60
     assert measured.samples["b"] == Samples((), 0, "first words are never easy")
+    headed = replace(says, first=(sys.executable, "-c", "print('==')"), header="=\n")
+    (measured,) = run_turns([headed], row, turns=1).measured
+    assert measured.samples["a"].reason == "a ended without a token"
     fails = replace(says, first=(sys.executable, "-c", "exit('no tokenizer')"))
     (measured,) = run_turns([fails], row, turns=1).measured
     assert measured.samples["a"].reason == "a ended without a token: no tokenizer"

@@ -142,8 +142,10 @@ def last_words(errors: BinaryIO) -> str:
     return f": {_one_line(lines[-1])}" if lines else ""
 
 
-def first_token_s(name: str, command: Sequence[str]) -> float:
-    """Seconds from starting a command line to the first character it writes to stdout."""
+def first_token_s(name: str, command: Sequence[str], header: str = "") -> float:
+    """Seconds from starting a command line to the first character of text it writes to stdout.
+
+    The characters of `header` may come before the text, and do not count."""
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
         process = _started(name, command, errors)
@@ -151,7 +153,8 @@ def first_token_s(name: str, command: Sequence[str]) -> float:
         assert process.stdin
         process.stdin.close()
         try:
-            came = process.stdout.read(1)
+            while (came := process.stdout.read(1)) and came in header.encode():
+                pass
             seconds = time.perf_counter() - start
             if not came:
                 raise SideError(f"{name} ended without a token{last_words(errors)}", code="side_died")

@@ -17,12 +17,13 @@ class Side:
     """One engine with one model: `worker` starts a process that speaks the protocol of `worker.py`.
 
     `first` runs the engine's own command line up to a first token on stdout; None where it has none, and then a fresh
-    worker is asked for it."""
+    worker is asked for it. `header` are the characters that the command writes before any text."""
 
     name: str
     worker: tuple[str, ...]
     first: tuple[str, ...] | None = None
     note: str = ""
+    header: str = ""
 
 
 def ours(folder: Path, dtype: str) -> Side:
@@ -37,7 +38,7 @@ def mlx_lm(folder: Path, dtype: str) -> Side:
     command = ("generate", "--model", str(folder), "--prompt", FIRST_PROMPT, "--max-tokens", "1")
     first = (sys.executable, "-m", "mlx_lm", *command, "--ignore-chat-template")
     note = "" if dtype == "auto" else "its command line has no dtype, so its first token is in the checkpoint's own"
-    return Side("mlx-lm", _mlx_worker("mlx-lm", folder, dtype), first, note)
+    return Side("mlx-lm", _mlx_worker("mlx-lm", folder, dtype), first, note, header="=\n")
 
 
 def _mlx_worker(engine: str, folder: Path, dtype: str) -> tuple[str, ...]:

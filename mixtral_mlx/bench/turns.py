@@ -232,7 +232,7 @@ class _Pool:
 
 def _first_s(side: Side) -> float:
     if side.first:
-        return first_token_s(side.name, side.first)
+        return first_token_s(side.name, side.first, side.header)
     with Worker(side.name, side.worker) as worker:
         worker.ask("first", prompt=FIRST_PROMPT)
         return time.perf_counter() - worker.started
