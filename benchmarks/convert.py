@@ -67,7 +67,7 @@ def compare(work: Path, layers: int, turns: int) -> None:
         peak = max(peak for _, peak in results)
         print(
             f"{layers} layers, {size / 1e9:5.1f} GB  {side:12} {medians[side]:7.1f} s "
-            f"({seconds[0]:.1f} to {seconds[-1]:.1f})  peak RSS {peak / 1e9:5.2f} GB",
+            f"({seconds[0]:.1f} to {seconds[-1]:.1f})  peak RSS {peak / 1e9:6.3f} GB",
             flush=True,
         )
     print(f"{layers} layers: mixtral-mlx takes {medians['mixtral-mlx'] / medians['mlx-lm']:.2f} x the time of mlx-lm")
