@@ -51,7 +51,8 @@ def accelerate(model: Model) -> None:
             moe.switch_mlp.__class__ = modules.Experts
         if all(map(modules.fits, [*matrices, *experts, moe.gate])) and modules.can_attend(attention):
             layer.__class__ = modules.DecoderLayer
-    _replace(model.model.embed_tokens)
+    # Whatever its weights, it is to give float32, which is what all that follows computes in.
+    _replace(model.model.embed_tokens, always=True)
     if "lm_head" in model:
         _replace(model.lm_head)
 
@@ -69,9 +70,9 @@ def compile_for(model: Model) -> None:
         mx.eval(model(mx.array([[1] * tokens])))
 
 
-def _replace(module: nn.Module) -> None:
+def _replace(module: nn.Module, *, always: bool = False) -> None:
     from . import modules
 
     for theirs, ours in modules.CLASSES:
-        if type(module) is theirs and modules.fits(module):
+        if type(module) is theirs and (always or modules.fits(module)):
             module.__class__ = ours

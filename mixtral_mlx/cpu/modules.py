@@ -149,7 +149,7 @@ class Embedding(nn.Embedding):
         return super().__call__(ids).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return super().as_linear(x) if self.training else _product(x, self)
+        return _product(x, self) if fits(self) and not self.training else super().as_linear(x)
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
@@ -165,7 +165,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         return rows.astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return super().as_linear(x) if self.training else _product(x, self)
+        return _product(x, self) if fits(self) and not self.training else super().as_linear(x)
 
 
 class Experts(SwitchGLU):
