@@ -258,6 +258,14 @@ def test_loading_keeps_weights_as_they_are_stored_and_computes_in_float32(tmp_pa
         assert loaded.model(mx.array([PROMPT])).dtype == mx.float32
 
 
+def test_unquantized_half_floats_compute_the_same_when_left_to_mlx(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny", replace(SMALL, dtype="bfloat16"), tokenizer=None)
+    model = load(tmp_path / "tiny").model
+    fast = model(mx.array([PROMPT]))
+    model.train()
+    assert_near(fast, model(mx.array([PROMPT])), 2e-5)
+
+
 def test_without_numba_mlx_computes_alone_and_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
