@@ -364,10 +364,13 @@ def _together(read_s: float, compute_s: float) -> float:
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `8GB`, `12.5GB`, `800MB` or `12GiB`; raises `SizeError`."""
+def parse_size(text: str, *, as_chips: bool = False) -> int:
+    """Bytes of `8GB`, `12.5GB`, `800MB` or `12GiB`; raises `SizeError`.
+
+    `as_chips` takes GB for GiB: the 16 GB that a Mac is sold with are 2^34 bytes."""
     found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-zA-Z]{1,3})\s*", text)
-    unit = _UNITS.get(found[2].upper()) if found else None
+    name = found[2].upper() if found else ""
+    unit = _UNITS.get(f"{name[0]}IB" if as_chips and len(name) == 2 else name) if name else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if size <= 0 or size > 1 << 50:
         raise SizeError(
