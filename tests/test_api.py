@@ -16,7 +16,8 @@ PACKAGE = Path(mixtral_mlx.__file__).parent
 
 LAYERS: dict[str, set[str]] = {
     "config": set(),
-    "memory": set(),
+    "memory": {"config"},
+    "budget": {"config"},
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
     "weights": {"config", "cpu", "memory", "model"},
