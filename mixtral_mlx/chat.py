@@ -32,6 +32,7 @@ class ModelChoice:
     dtype: str = "auto"
     kv_bits: int | None = None
     context: int | None = None
+    memory_bytes: int | None = None
     offline: bool = False
     quiet: bool = False
 
@@ -43,22 +44,32 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
     with notice("Starting MLX …", quiet=choice.quiet):
         from . import cpu
         from .generate import Conversation
+        from .memory import default_budget, machine
         from .prompt import Tokenizer
-        from .weights import Checkpoint, load, locate
+        from .weights import load, locate
     if choice.quiet or not sys.stderr.isatty():
         _silence_downloads()
     folder = locate(choice.name, offline=choice.offline)
+    memory = choice.memory_bytes
     if beside_bytes:
-        _check_room(folder, Checkpoint.open(folder).nbytes, beside_bytes)
+        memory = _left_beside(beside_bytes, memory or default_budget(machine(ask_metal=True)))
     with CtrlC() as stopped, Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
         tokenizer = Tokenizer.read(folder)
-        loaded = load(folder, dtype=choice.dtype, on_progress=bar, cancelled=stopped)
+        loaded = load(
+            folder,
+            dtype=choice.dtype,
+            memory=memory,
+            context=choice.context,
+            kv_bits=choice.kv_bits,
+            on_progress=bar,
+            cancelled=stopped,
+        )
     if cpu.is_available() and cpu.has_to_compile(loaded.model):
         with notice("Compiling for this processor, once …", quiet=choice.quiet):
             cpu.compile_for(loaded.model)
     if loaded.note and not choice.quiet:
         print(loaded.note, file=sys.stderr, flush=True)
-    conversation = Conversation(loaded.model, kv_bits=choice.kv_bits, context=choice.context)
+    conversation = Conversation(loaded.model, kv_bits=choice.kv_bits, context=loaded.plan.context)
     is_demo = folder == locate(None)
     name = "the demo model" if is_demo else _model_name(choice.name or "", folder)
     return Ready(name, loaded, tokenizer, conversation, is_demo)
@@ -74,16 +85,15 @@ def _model_name(name: str, folder: Path) -> str:
     return folder.resolve().name if Path(name).expanduser().is_dir() else name
 
 
-def _check_room(folder: Path, needed: int, beside: int) -> None:
-    from .memory import ram_bytes
-
-    if needed + beside > ram_bytes():
+def _left_beside(held: int, budget: int) -> int:
+    """What a model may use while another holds `held` bytes, until it takes that one's place."""
+    if held >= budget:
         raise ChatError(
-            f"{folder} needs {shown_bytes(needed)}, and the model in use holds {shown_bytes(beside)} "
-            f"of this machine's {shown_bytes(ram_bytes())}.",
+            f"The model in use holds {shown_bytes(held)} of {shown_bytes(budget)}: there is no room for another.",
             code="too_large",
             hint="Save the conversation, leave, and start again with --model.",
         )
+    return budget - held
 
 
 def run(choice: ModelChoice, *, system: str = "", settings: Mapping[str, Any] | None = None, one: bool = False) -> int:

@@ -12,11 +12,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
+from .budget import parse_size
 from .chat import LONG_PROMPT, ModelChoice, open_model
 from .config import RECIPES, MixtralError
 from .prompt import Message
@@ -92,7 +93,6 @@ def _print_json(data: dict[str, Any]) -> None:
 # Arguments.
 
 _LATER_COMMANDS = ("plan", "serve", "helper", "routes")
-_LATER_OPTIONS = {"--memory": "The whole model is held in memory."}
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
@@ -163,10 +163,6 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def _refuse(self, word: str) -> NoReturn:
-        if word in _LATER_OPTIONS:
-            raise UsageError(
-                f"{word} is not part of mixtral-mlx {__version__}.", code="not_available", hint=_LATER_OPTIONS[word]
-            )
         if not word.startswith("-"):
             raise UsageError(
                 f"{self.prog} takes no argument {word!r}.",
@@ -211,6 +207,13 @@ def _add_model(parser: _Parser, default: str) -> None:
         "--context", type=_count(2), metavar="N", help="most tokens of prompt and answer (the model's own limit)"
     )
     group.add_argument("--kv-bits", type=_one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
+    group.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="most the whole process may use, as 12GB; experts that have no room are read from the SSD when they are "
+        "needed (what this machine can spare)",
+    )
 
 
 def _add_settings(parser: _Parser, defaults: dict[str, str]) -> None:
@@ -247,6 +250,13 @@ def _one_of(*values: Any) -> Callable[[str], Any]:
     return parse
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except MixtralError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("The size ")) from None
+
+
 def _count(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < low:
@@ -262,6 +272,7 @@ def _model_choice(parsed: argparse.Namespace, name: str | None) -> ModelChoice:
         dtype=parsed.dtype,
         kv_bits=parsed.kv_bits,
         context=parsed.context,
+        memory_bytes=parsed.memory,
         offline=parsed.offline,
         quiet=parsed.quiet,
     )
@@ -439,16 +450,19 @@ def _report(ready: Ready, chunks: list[Chunk]) -> dict[str, Any]:
 
 
 def _memory(ready: Ready) -> dict[str, Any]:
-    # With every expert resident none is ever looked for: no hits, no misses, and each weight read once.
-    return {
-        "mode": "resident",
-        "budget_bytes": None,
+    loaded = ready.loaded
+    report = {
+        "mode": loaded.plan.mode,
+        "budget_bytes": loaded.plan.budget_bytes,
         "peak_bytes": peak_bytes(),
-        "slots_per_layer": ready.loaded.config.num_local_experts,
-        "expert_hits": 0,
-        "expert_misses": 0,
-        "bytes_read": ready.loaded.weights_bytes,
+        "slots_per_layer": loaded.plan.slots_per_layer,
     }
+    if loaded.streaming is None:
+        # With every expert resident none is ever looked for: no hits, no misses, and each weight read once.
+        return report | {"expert_hits": 0, "expert_misses": 0, "bytes_read": loaded.weights_bytes}
+    done = asdict(loaded.streaming.statistics)
+    seconds = {name: round(value, 3) for name, value in done.items() if name.endswith("_s")}
+    return report | {"expert_hits": done.pop("hits"), "expert_misses": done.pop("misses"), **done, **seconds}
 
 
 # convert, verify, perplexity

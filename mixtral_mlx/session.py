@@ -105,7 +105,11 @@ class Ready:
         return {} if self.is_demo else {"temperature": 0.7, "top_p": 0.95}
 
     def __str__(self) -> str:
+        plan = self.loaded.plan
         memory = f"resident, {shown_bytes(self.loaded.weights_bytes)}"
+        if self.loaded.streaming:
+            budget = shown_bytes(plan.budget_bytes)
+            memory = f"{plan.slots_per_layer} of {self.loaded.config.num_local_experts} experts in memory, {budget}"
         return f"{self.name} · {self.loaded.dtype} · {memory} · context {self.conversation.context:,}"
 
 
@@ -259,7 +263,18 @@ class Session:
             f"[{use.completion_tokens:,} tokens, {use.generation_tps:.1f} tok/s · "
             f"first token {use.prompt_seconds:.2f} s · "
             f"prompt {use.prompt_tokens:,} ({use.cached_tokens:,} cached) · "
-            f"memory peak {shown_bytes(peak_bytes())}]"
+            f"memory peak {shown_bytes(peak_bytes())}{self._streamed()}]"
+        )
+
+    def _streamed(self) -> str:
+        """What streaming experts has taken since the model was loaded."""
+        streaming = self.ready.loaded.streaming
+        if streaming is None:
+            return ""
+        done = streaming.statistics
+        return (
+            f" · experts {done.hits / max(done.hits + done.misses, 1):.0%} in time, "
+            f"{shown_bytes(done.bytes_read)} read in {done.io_s:.1f} s, waited {done.stall_s:.1f} s"
         )
 
     def _prompt(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 One strict gate stands before any byte is used: file headers are parsed here by the rules of the safetensors format, and
 names and shapes must be exactly those the configuration implies. Then each tensor goes from disk into MLX's own memory
-once. Knows nothing of prompts, and nothing of experts that stay on disk."""
+once; experts that have no room in memory are left to `experts`. Knows nothing of prompts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from . import cpu
+from .budget import Footprint, Plan, fit
 from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
-from .memory import activation_dtype, ram_bytes
+from .memory import activation_dtype, default_budget, machine
 
 if TYPE_CHECKING:
+    from .experts import StackedTensor, Streaming
     from .model import Model
 
 Progress = Callable[[int, int], None]
@@ -55,6 +57,7 @@ _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EXPERT = re.compile(
     r"(model\.layers\.\d+\.block_sparse_moe)\.experts\.(0|[1-9][0-9]{0,3})\.(w[123])\.(weight|scales|biases)"
 )
+_EXPERTS_TENSOR = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.switch_mlp\.(.+)")
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _DAMAGED = "The file is damaged or was not fetched whole. Fetch it again."
 
@@ -87,6 +90,21 @@ class Tensor:
     def nbytes(self) -> int:
         return sum(span.nbytes for span in self.spans)
 
+    @property
+    def is_experts(self) -> bool:
+        """Whether it holds something of all experts of a layer."""
+        return ".switch_mlp." in self.name
+
+    def dtype_as(self, dtype: str | None) -> str:
+        """Its dtype in memory, in safetensors' names, with floats held as `dtype`; None leaves it as it is."""
+        if dtype is None or _KINDS[self.dtype] != "float":
+            return self.dtype
+        return next(name for name, ours in _DTYPE_NAMES.items() if ours == dtype)
+
+    def nbytes_as(self, dtype: str | None) -> int:
+        """Its bytes in memory with floats held as `dtype`; None leaves it as it is."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype_as(dtype)]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -116,17 +134,12 @@ class Checkpoint:
 
     def nbytes_as(self, dtype: str | None) -> int:
         """Bytes in memory with all floats held as `dtype`; None leaves each as it is."""
-        return sum(
-            math.prod(tensor.shape) * getattr(mx, dtype).size
-            if dtype and _KINDS[tensor.dtype] == "float"
-            else tensor.nbytes
-            for tensor in self.tensors
-        )
+        return sum(tensor.nbytes_as(dtype) for tensor in self.tensors)
 
     @property
     def has_float_experts(self) -> bool:
         """Whether some layer's experts are not quantized."""
-        return any(".switch_mlp." in t.name and t.name.endswith(".weight") and t.dtype != "U32" for t in self.tensors)
+        return any(t.is_experts and t.name.endswith(".weight") and t.dtype != "U32" for t in self.tensors)
 
     @property
     def dtype(self) -> str:
@@ -138,7 +151,8 @@ class Checkpoint:
 class Loaded:
     """A model ready to run, with its configuration, the folder it came from and what loading took.
 
-    `note` says what would make it faster, if anything."""
+    `plan` says who got how much memory. `streaming` is there when experts are read as they are needed. `note` says what
+    would make it faster, if anything."""
 
     model: Model
     config: Config
@@ -146,6 +160,8 @@ class Loaded:
     dtype: str
     weights_bytes: int
     seconds: float
+    plan: Plan
+    streaming: Streaming | None = None
     note: str = ""
 
 
@@ -175,15 +191,19 @@ def load(
     folder: str | Path,
     *,
     dtype: str = "auto",
+    memory: int | Plan | None = None,
+    context: int | None = None,
+    kv_bits: int | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Loaded:
-    """Load a checkpoint folder into memory.
+    """Load a checkpoint folder into memory, or as much of it as a budget has room for.
 
     `dtype` is what to compute in: "bfloat16", "float16", "float32", or "auto" (the checkpoint's own, float16 on M1
     and M2, float32 on MLX's CPU backend). Takes our folders, mlx-community's, older unstacked ones and plain Hugging
-    Face ones. `cancelled` is asked between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run
-    the model on this thread."""
+    Face ones. `memory` is what the whole process may use, in bytes, with a cache of `context` tokens in `kv_bits`; None
+    is what the machine can spare, a plan is taken as it is. What does not fit is streamed. `cancelled` is asked
+    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run the model on this thread."""
     start = time.perf_counter()
     if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
@@ -194,29 +214,78 @@ def load(
     folder = Path(folder)
     checkpoint = Checkpoint.open(folder)
     target, cast_to = dtypes_for(dtype, checkpoint)
-    needed = checkpoint.nbytes_as(cast_to)
-    if needed > ram_bytes():
-        raise WeightsError(
-            f"{folder} needs {needed / 1e9:.1f} GB of memory for its weights, "
-            f"this machine has {ram_bytes() / 1e9:.1f} GB.",
-            code="too_large",
-            hint="Use a checkpoint quantized to fewer bits.",
-        )
-    arrays = read_tensors(checkpoint.tensors, cast_to, on_progress=on_progress, cancelled=cancelled)
+    plan = memory if isinstance(memory, Plan) else _plan(checkpoint, target, cast_to, memory, context, kv_bits)
+    if memory is not None or plan.mode == "streamed":
+        mx.set_cache_limit(plan.cache_limit_bytes)
+    tensors = [tensor for tensor in checkpoint.tensors if plan.mode == "resident" or not tensor.is_experts]
+    arrays = read_tensors(tensors, cast_to, on_progress=on_progress, cancelled=cancelled)
     from .model import (
         Model,
+        resident_experts,
     )  # Here, since it brings mlx-lm, which takes seconds to import and converting can do without.
 
+    streaming, experts = None, resident_experts
+    if plan.mode == "streamed":
+        from .experts import Streaming
+
+        streaming = Streaming(stored_experts(checkpoint, cast_to), plan.slots)
+        experts = streaming.experts
+        arrays += streaming.arrays()
     names = {name for name, _ in arrays}
     # The model's own initial weights stay unevaluated: they never take memory.
-    model = Model(checkpoint.config)
+    model = Model(checkpoint.config, experts)
     quantize(model, checkpoint.config, lambda path: f"{path}.scales" in names)
     model.load_weights(arrays, strict=True)
     model.eval()
+    if streaming:
+        streaming.attach(model)
     if target == "float32" and cpu.is_available():
         cpu.accelerate(model)
     note = cpu.MISSING if cpu.is_backend() and not cpu.is_available() else ""
-    return Loaded(model, checkpoint.config, folder, target, needed, time.perf_counter() - start, note)
+    weights_bytes = sum(array.nbytes for _, array in arrays)
+    seconds = time.perf_counter() - start
+    return Loaded(model, checkpoint.config, folder, target, weights_bytes, seconds, plan, streaming, note)
+
+
+def footprint(checkpoint: Checkpoint, dtype: str, cast_to: str | None, kv_bits: int | None = None) -> Footprint:
+    """What `checkpoint` asks of memory when it computes in `dtype` with floats held as `cast_to` (None: as stored)."""
+    sizes = {tensor.name: tensor.nbytes_as(cast_to) for tensor in checkpoint.tensors}
+    return Footprint.of(checkpoint.config, dtype, kv_bits, sizes)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    dtype: str,
+    cast_to: str | None,
+    memory: int | None,
+    context: int | None,
+    kv_bits: int | None,
+) -> Plan:
+    asked = footprint(checkpoint, dtype, cast_to, kv_bits)
+    return fit(asked, default_budget(machine(ask_metal=True)) if memory is None else memory, context=context)
+
+
+def stored_experts(checkpoint: Checkpoint, dtype: str | None) -> list[list[StackedTensor]]:
+    """For each layer the tensors an expert is made of, and where they are stored; floats to be held as `dtype`."""
+    from .experts import StackedTensor, WeightFile, converter
+
+    files: dict[Path, WeightFile] = {}
+    layers: list[list[StackedTensor]] = [[] for _ in range(checkpoint.config.num_hidden_layers)]
+    for tensor in (tensor for tensor in checkpoint.tensors if tensor.is_experts):
+        number, name = _EXPERTS_TENSOR.findall(tensor.name)[0]
+        held = tensor.dtype_as(dtype)
+        size = tensor.nbytes // tensor.shape[0]
+        places = []
+        for expert in range(tensor.shape[0]):
+            stacked = len(tensor.spans) == 1
+            span = tensor.spans[0 if stacked else expert]
+            if span.file not in files:
+                files[span.file] = WeightFile(span.file)
+            places.append((files[span.file], span.offset + (expert * size if stacked else 0)))
+        layers[int(number)].append(
+            StackedTensor(name, tensor.shape[1:], MLX_DTYPES[held], tuple(places), size, converter(tensor.dtype, held))
+        )
+    return layers
 
 
 def dtypes_for(asked: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
@@ -573,9 +642,7 @@ def _allocated(tensors: Sequence[Tensor], dtype: str | None) -> Iterator[tuple[T
     streams = _allocation_streams()
     ahead: deque[tuple[Tensor, mx.array]] = deque()
     for n, tensor in enumerate(tensors):
-        convert = dtype and _KINDS[tensor.dtype] == "float"
-        target = getattr(mx, dtype) if dtype and convert else MLX_DTYPES[tensor.dtype]
-        array = mx.zeros(tensor.shape, target, stream=streams[n % 2])
+        array = mx.zeros(tensor.shape, MLX_DTYPES[tensor.dtype_as(dtype)], stream=streams[n % 2])
         mx.async_eval(array)
         ahead.append((tensor, array))
         if len(ahead) > 2:

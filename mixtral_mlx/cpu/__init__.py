@@ -39,6 +39,7 @@ def is_available() -> bool:
 
 def accelerate(model: Model) -> None:
     """Give the layers of `model` that the kernels can compute the classes of `modules`."""
+    from ..experts.streamed import StreamedExperts
     from . import modules
 
     for layer in model.layers:
@@ -48,7 +49,8 @@ def accelerate(model: Model) -> None:
         for matrix in matrices:
             _replace(matrix)
         if all(map(modules.fits, experts)):
-            moe.switch_mlp.__class__ = modules.Experts
+            streams = isinstance(moe.switch_mlp, StreamedExperts)
+            moe.switch_mlp.__class__ = modules.StreamedExperts if streams else modules.Experts
         if all(map(modules.fits, [*matrices, *experts, moe.gate])) and modules.can_attend(attention):
             layer.__class__ = modules.DecoderLayer
     # Whatever its weights, it is to give float32, which is what all that follows computes in.

@@ -21,12 +21,14 @@ import numpy as np
 
 from .. import model
 from ..borrowed import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, scaled_dot_product_attention
+from ..experts import streamed
 from . import products, unpack
 from .attention import FEW, PANEL, attend_few, attend_many, transpose_keys
 from .products import Weights
 from .simd import LANES
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Indices = np.ndarray[Any, Any]
 
 _FORMS = {mx.float32: unpack.FLOAT32, mx.bfloat16: unpack.BFLOAT16, mx.float16: unpack.FLOAT16}
 _FLOAT_GROUP = 32
@@ -171,28 +173,51 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 class Experts(SwitchGLU):
     """x (B, T, D), chosen experts (B, T, K) → each chosen expert's output (B, T, K, D)."""
 
+    matrices: tuple[type[nn.Module], ...] = (SwitchLinear, QuantizedSwitchLinear)
+
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         if self.training or not self.is_plain():
             return super().__call__(x, indices)
         mx.eval(x, indices)
         with _lock:
             chosen = np.array(indices, copy=False).reshape(-1)
-            rows, plan = self.outputs(_numpy(x).reshape(-1, x.shape[-1]), chosen, indices.shape[-1])
-            out = rows[plan.place]
+            rows, place = self.outputs(_numpy(x).reshape(-1, x.shape[-1]), chosen, indices.shape[-1])
+            out = rows[place]
         return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
 
     def is_plain(self) -> bool:
         """Whether nothing has been wrapped around its matrices."""
-        plain = (SwitchLinear, QuantizedSwitchLinear)
-        return all(type(self[name]) in plain for name in ("gate_proj", "up_proj", "down_proj"))
+        return all(type(self[name]) in self.matrices for name in ("gate_proj", "up_proj", "down_proj"))
 
-    def outputs(self, x: Floats, chosen: np.ndarray[Any, Any], per_token: int) -> tuple[Floats, products.Plan]:
-        """x (N, D), chosen (N · K,) → the experts' outputs (P, D), and the plan that says where each choice's is."""
+    def outputs(self, x: Floats, chosen: Indices, per_token: int) -> tuple[Floats, Indices]:
+        """x (N, D), chosen (N · K,) → the experts' outputs (P, D), and which row of them answers each choice."""
         plan = products.plan(chosen, self.gate_proj.num_experts, per_token)
-        rows = _Rows(x, plan)
+        return self._answers(_Rows(x, plan)), plan.place
+
+    def _answers(self, rows: _Rows) -> Floats:
         hidden = rows.times(self.gate_proj)
         products.silu_times(hidden.reshape(-1), rows.times(self.up_proj).reshape(-1))
-        return _Rows(hidden, plan, np.arange(len(hidden))).times(self.down_proj), plan
+        return _Rows(hidden, rows.plan, np.arange(len(hidden))).times(self.down_proj)
+
+
+class StreamedExperts(Experts, streamed.StreamedExperts):
+    """The same with weights in slots: what is there is computed with while the rest is read."""
+
+    matrices = (streamed.StreamedLinear, streamed.StreamedQuantizedLinear)
+
+    def outputs(self, x: Floats, chosen: Indices, per_token: int) -> tuple[Floats, Indices]:
+        """x (N, D), chosen (N · K,) → the experts' outputs (N · K, D), and where each is."""
+        stream, pool = self.stream, self.stream.pool
+        out = np.empty((len(chosen), x.shape[-1]), np.float32)
+        guessed = [
+            _Rows.of(x * np.asarray(guess.ratio)).times(guess.gate)[: len(x)] for guess in stream.guesses_for(len(x))
+        ]
+        for which in stream.waves(chosen.reshape(-1, per_token), guessed):
+            plan = products.plan(np.take(pool.slot_of, chosen[which]), pool.num_slots, 1)
+            # A wave is its choices as if they were tokens: row n of the plan is choice `which[n]`, of its own token.
+            source = np.where(plan.source < 0, -1, which[plan.source] // per_token)
+            out[which] = self._answers(_Rows(x, plan, source))[plan.place]
+        return out, np.arange(len(chosen))
 
 
 class DecoderLayer(model.DecoderLayer):
@@ -242,12 +267,12 @@ class DecoderLayer(model.DecoderLayer):
     def _add_experts(self, hidden: Floats, x: Floats) -> None:
         """hidden (N, D) += what the experts say to x (N, D), weighted by the router."""
         moe = self.block_sparse_moe
-        per_token, experts = moe.num_chosen, moe.switch_mlp.gate_proj.num_experts
+        per_token, experts = moe.num_chosen, len(moe.gate["weight"])
         logits = _Rows.of(x).times(moe.gate)[: len(x)]
         chosen, shares = np.empty(len(x) * per_token, np.int64), np.empty(len(x) * per_token, np.float32)
         products.choose(chosen, shares, logits.reshape(-1), experts, per_token)
-        rows, plan = moe.switch_mlp.outputs(x, chosen, per_token)
-        products.combine(hidden.reshape(-1), rows.reshape(-1), plan.place, shares, per_token, hidden.shape[-1])
+        rows, place = moe.switch_mlp.outputs(x, chosen, per_token)
+        products.combine(hidden.reshape(-1), rows.reshape(-1), place, shares, per_token, hidden.shape[-1])
 
 
 def _normalized(x: Floats, norm: nn.RMSNorm) -> Floats:

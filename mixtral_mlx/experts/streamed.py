@@ -1,0 +1,134 @@
+"""Expert layers whose weights are in slots: they ask for what a step needs, and compute while the rest is read.
+
+Drop-ins for mlx-lm's, given to existing modules; the sums are MLX's own, over slots instead of experts.
+
+B batch, T tokens, N = B·T, D hidden, E experts, K chosen experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..borrowed import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+from .pool import Pool
+
+# A step over more tokens needs nearly every expert anyway, and its own reading keeps the disk busy.
+_FEW_TOKENS = 8
+_SORTED = 64
+
+
+class Guess:
+    """Names the experts a later layer will want: what its router says to this layer's input.
+
+    The input is what the earlier layer's norm made of the hidden state; `ratio` turns that into the later norm's."""
+
+    def __init__(self, pool: Pool, gate: nn.Module, norm: mx.array, earlier_norm: mx.array, per_token: int) -> None:
+        self.pool = pool
+        self.gate = gate
+        self.per_token = per_token
+        there = earlier_norm.astype(mx.float32)
+        self.ratio = mx.where(there == 0, 0, norm.astype(mx.float32) / mx.where(there == 0, 1, there))
+        mx.eval(self.ratio)
+
+    def logits(self, x: mx.array) -> mx.array:
+        """x (.., D) → (.., E)."""
+        return self.gate(x.astype(mx.float32) * self.ratio)
+
+    def act(self, logits: np.ndarray[Any, Any]) -> None:
+        """Begin to read what `logits` (N, E) name, the surest first."""
+        top = np.argpartition(-logits, self.per_token - 1, axis=-1)[:, : self.per_token]
+        best = np.full(logits.shape[-1], -np.inf)
+        np.maximum.at(best, top, np.take_along_axis(logits, top, axis=-1))
+        self.pool.read_ahead([int(expert) for expert in np.argsort(-best) if best[expert] > -np.inf])
+
+
+class Stream:
+    """What a layer streams with: its slots, and guesses about the layers that follow."""
+
+    def __init__(self, pool: Pool, guesses: Sequence[Guess] = ()) -> None:
+        self.pool = pool
+        self.guesses = tuple(guesses)
+
+    def guesses_for(self, tokens: int) -> tuple[Guess, ...]:
+        """The guesses that are worth their while for so many tokens."""
+        return self.guesses if tokens <= _FEW_TOKENS else ()
+
+    def waves(
+        self, chosen: np.ndarray[Any, Any], guessed: Sequence[np.ndarray[Any, Any]]
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Places in `chosen` (N, K) that can be answered, as flat indices, wave after wave.
+
+        `guessed` are the logits of the guesses for so many tokens."""
+        needed = np.unique(chosen).tolist()
+        if len(chosen) <= _FEW_TOKENS:
+            self.pool.usage.add(needed)
+        else:
+            self.pool.usage.add_prompt(chosen)
+        waves = self.pool.ask(needed)
+        # Queued after what this step needs, and before anybody waits for that.
+        for guess, logits in zip(self.guesses, guessed, strict=False):
+            guess.act(logits)
+        for experts in waves:
+            yield np.flatnonzero(np.isin(chosen, experts))
+
+
+class StreamedExperts(SwitchGLU):
+    """x (B, T, D), chosen experts (B, T, K) → each chosen expert's output (B, T, K, D)."""
+
+    stream: Stream
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        pool = self.stream.pool
+        if pool.is_whole:
+            return super().__call__(x, indices)
+        rows, per_token = x.reshape(-1, x.shape[-1]), indices.shape[-1]
+        guessed = [guess.logits(rows) for guess in self.stream.guesses_for(len(rows))]
+        # Routing must reach the CPU before we know which experts to read: the one sync per layer.
+        mx.eval(rows, indices, *guessed)
+        chosen = np.array(indices).reshape(-1)
+        outputs, order = [], []
+        for which in self.stream.waves(chosen.reshape(-1, per_token), [np.array(logits) for logits in guessed]):
+            which = which[np.argsort(np.array(pool.slot_of)[chosen[which]], kind="stable")]
+            outputs.append(self._answer(rows[mx.array(which // per_token)], mx.array(chosen[which])))
+            mx.async_eval(outputs[-1])
+            pool.unevaluated.append(outputs[-1])
+            order.append(which)
+        back = np.argsort(np.concatenate(order))
+        return mx.concatenate(outputs)[mx.array(back)].reshape(*indices.shape, -1)
+
+    def _answer(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x (M, D) and an expert for each (M,), in the order of their slots → (M, D)."""
+        x, in_order = x[:, None], len(experts) >= _SORTED
+        up = self.up_proj(x, experts, sorted_indices=in_order)
+        gate = self.gate_proj(x, experts, sorted_indices=in_order)
+        return self.down_proj(self.activation(up, gate), experts, sorted_indices=in_order).squeeze(-2)
+
+
+class StreamedLinear(SwitchLinear):
+    """A stack of the matrices that are in slots, addressed by expert."""
+
+    pool: Pool
+
+    @property
+    def num_experts(self) -> int:
+        return self.pool.num_experts
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        return super().__call__(x, self.pool.slots_of(indices), sorted_indices)
+
+
+class StreamedQuantizedLinear(QuantizedSwitchLinear):
+    """A stack of the quantized matrices that are in slots, addressed by expert."""
+
+    pool: Pool
+
+    @property
+    def num_experts(self) -> int:
+        return self.pool.num_experts
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        return super().__call__(x, self.pool.slots_of(indices), sorted_indices)

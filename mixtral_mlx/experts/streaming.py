@@ -1,0 +1,120 @@
+"""A model's experts on the disk: slots for every layer, readers for all of them, and what streaming has done so far."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..borrowed import QuantizedSwitchLinear, SwitchGLU
+from ..config import Config
+from .pool import Pool, StackedTensor, Statistics
+from .readers import Readers
+from .streamed import Guess, Stream, StreamedExperts, StreamedLinear, StreamedQuantizedLinear
+from .usage import Usage
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# How many layers ahead experts are guessed.
+_LAYERS_AHEAD = 2
+
+
+class Streaming:
+    """Slots for the experts of every layer, `slots[layer]` of them, and the threads that read into them.
+
+    `stored[layer]` are the tensors an expert of that layer is made of, named as in `switch_mlp`. Build the model with
+    `experts`, load `arrays` into it, then `attach` it. Use from the thread that runs the model."""
+
+    def __init__(
+        self, stored: Sequence[Sequence[StackedTensor]], slots: Sequence[int], *, read_ahead: bool = True
+    ) -> None:
+        self.readers = Readers()
+        # Threads know the readers only, so that they end when nobody has the model any more.
+        self._finalizer = weakref.finalize(self, self.readers.close)
+        self._counts = Statistics()
+        self.read_ahead = read_ahead
+        self.wanted = tuple(slots)
+        self.pools = [
+            Pool(tensors, count, Usage(len(tensors[0].places)), self.readers, self._counts)
+            for tensors, count in zip(stored, slots, strict=True)
+        ]
+
+    def experts(self, config: Config, layer: int) -> SwitchGLU:
+        """A layer's experts as far as they are in slots, for `Model`."""
+        return SwitchGLU(config.hidden_size, config.intermediate_size, self.pools[layer].num_slots)
+
+    def arrays(self) -> Iterator[tuple[str, mx.array]]:
+        """The slots under the names of the parameters they stand for."""
+        for layer, pool in enumerate(self.pools):
+            for name, array in pool.arrays.items():
+                yield f"model.layers.{layer}.block_sparse_moe.switch_mlp.{name}", array
+
+    def attach(self, model: Model) -> None:
+        """Have the layers of `model`, whose experts' parameters are `arrays`, ask for what they need."""
+        self.layers: list[StreamedExperts] = []
+        for n, (pool, layer) in enumerate(zip(self.pools, model.layers, strict=True)):
+            experts: Any = layer.block_sparse_moe.switch_mlp
+            experts.__class__ = StreamedExperts
+            for name in _PROJECTIONS:
+                matrix = experts[name]
+                quantized = isinstance(matrix, QuantizedSwitchLinear)
+                matrix.__class__ = StreamedQuantizedLinear if quantized else StreamedLinear
+                matrix.pool = pool
+            experts.stream = Stream(pool, self._guesses(model, n) if self.read_ahead else ())
+            # The model keeps this alive, and is not kept alive by it.
+            experts.stream.owner = self
+            self.layers.append(experts)
+
+    def _guesses(self, model: Model, layer: int) -> list[Guess]:
+        earlier = model.layers[layer].post_attention_layernorm["weight"]
+        later = range(layer + 1, min(layer + 1 + _LAYERS_AHEAD, len(model.layers)))
+        per_token = model.args.num_experts_per_tok
+        return [
+            Guess(
+                self.pools[n],
+                model.layers[n].block_sparse_moe.gate,
+                model.layers[n].post_attention_layernorm["weight"],
+                earlier,
+                per_token,
+            )
+            for n in later
+        ]
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was done so far."""
+        return replace(self._counts, bytes_read=self.readers.bytes_read, io_s=self.readers.busy_s)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many slots each layer has now."""
+        return tuple(pool.num_slots for pool in self.pools)
+
+    def give_up(self) -> bool:
+        """Give the memory of one slot in each layer that has more than one back; False if none has."""
+        return self._resize([max(pool.num_slots - 1, 1) for pool in self.pools])
+
+    def take_back(self) -> bool:
+        """Take one slot of those given up for each layer; False if none is missing."""
+        return self._resize([min(pool.num_slots + 1, n) for pool, n in zip(self.pools, self.wanted, strict=True)])
+
+    def _resize(self, slots: Sequence[int]) -> bool:
+        changed = False
+        for pool, experts, count in zip(self.pools, self.layers, slots, strict=True):
+            if count == pool.num_slots:
+                continue
+            pool.resize(count)
+            for name, array in pool.arrays.items():
+                projection, part = name.split(".")
+                experts[projection][part] = array
+            changed = True
+        return changed
+
+    def close(self) -> None:
+        """End the reading threads; the model cannot be used any more."""
+        self._finalizer()
