@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from .files import SECTOR, WeightFile
+from .files import WeightFile
 from .readers import Convert, Load, Piece, Readers
 from .usage import Usage
 
@@ -85,9 +85,9 @@ class Pool:
         return self.num_slots == self.num_experts and not self.loads and -1 not in self.slot_of
 
     @property
-    def nbytes(self) -> int:
-        """Bytes the slots take."""
-        return self.num_slots * sum(tensor.nbytes for tensor in self.tensors)
+    def expert_bytes(self) -> int:
+        """Bytes an expert takes on the disk."""
+        return sum(tensor.stored_bytes for tensor in self.tensors)
 
     def ask(self, needed: Sequence[int]) -> Iterator[list[int]]:
         """Begin to read those of the distinct experts `needed` that are not in memory; returns them in waves.
@@ -151,7 +151,7 @@ class Pool:
         self.slots = [-1] * num_slots
         self.slot_of = [-1] * self.num_experts
         self.draining: dict[int, Load] = {}
-        moves = []
+        moves: list[tuple[int, int]] = []
         for expert, old in (kept or {}).items():
             new = expert if num_slots == self.num_experts else len(moves)
             moves.append((old, new))
@@ -254,7 +254,7 @@ class Pool:
             if expert in self.guessed:
                 self.guessed.discard(expert)
                 counts.ahead_used += 1
-                counts.hidden_bytes += load.bytes_read if load else sum(t.stored_bytes for t in self.tensors)
+                counts.hidden_bytes += load.bytes_read if load else self.expert_bytes
 
 
 def _aligned(tensor: StackedTensor, num_slots: int) -> mx.array:

@@ -6,7 +6,7 @@ B batch, T tokens, N = B·T, D hidden, E experts, K chosen experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,30 @@ from .pool import Pool
 # A step over more tokens needs nearly every expert anyway, and its own reading keeps the disk busy.
 _FEW_TOKENS = 8
 _SORTED = 64
+# How clear a choice was, in cases: standard deviations of the logits between an expert and the first not chosen.
+_MARGINS = (0.1, 0.25, 0.5)
+_LEARNING = 0.02
+# A wrong guess costs the disk what a right one saves.
+_WORTH_READING = 0.5
+# Experts' worth of bytes that wait to be read: then nothing more is guessed.
+_ENOUGH = 1.0
+
+
+class Recall:
+    """How often guesses come true, by their place among a router's choices and by how clear the choice was.
+
+    Learned while running, from guesses that were acted on and from those that were not."""
+
+    def __init__(self, per_token: int) -> None:
+        self.chances = np.full((per_token, len(_MARGINS) + 1), 0.75)
+
+    def of(self, margins: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """margins (N, K) over the first expert not chosen, in standard deviations → chances, and the cases they are."""
+        cases = np.searchsorted(_MARGINS, margins)
+        return self.chances[np.arange(margins.shape[-1]), cases], cases
+
+    def learn(self, place: int, case: int, came_true: bool) -> None:
+        self.chances[place, case] += _LEARNING * (came_true - self.chances[place, case])
 
 
 class Guess:
@@ -26,36 +50,57 @@ class Guess:
 
     The input is what the earlier layer's norm made of the hidden state; `ratio` turns that into the later norm's."""
 
-    def __init__(self, pool: Pool, gate: nn.Module, norm: mx.array, earlier_norm: mx.array, per_token: int) -> None:
+    def __init__(self, pool: Pool, gate: nn.Module, norm: mx.array, earlier_norm: mx.array, recall: Recall) -> None:
         self.pool = pool
         self.gate = gate
-        self.per_token = per_token
+        self.recall = recall
         there = earlier_norm.astype(mx.float32)
         self.ratio = mx.where(there == 0, 0, norm.astype(mx.float32) / mx.where(there == 0, 1, there))
         mx.eval(self.ratio)
+        self.open: list[tuple[int, int, int]] = []
+        """Expert, place and case of what was guessed for the step under way."""
 
     def logits(self, x: mx.array) -> mx.array:
         """x (.., D) → (.., E)."""
         return self.gate(x.astype(mx.float32) * self.ratio)
 
     def act(self, logits: np.ndarray[Any, Any]) -> None:
-        """Begin to read what `logits` (N, E) name, the surest first."""
-        top = np.argpartition(-logits, self.per_token - 1, axis=-1)[:, : self.per_token]
-        best = np.full(logits.shape[-1], -np.inf)
-        np.maximum.at(best, top, np.take_along_axis(logits, top, axis=-1))
-        self.pool.read_ahead([int(expert) for expert in np.argsort(-best) if best[expert] > -np.inf])
+        """Begin to read what `logits` (N, E) name, the surest first, if it will be wanted more likely than not."""
+        chosen = len(self.recall.chances)
+        order = np.argsort(-logits, axis=-1)[:, : chosen + 1]
+        ranked = np.take_along_axis(logits, order, axis=-1)
+        margins = (ranked[:, :-1] - ranked[:, -1:]) / (logits.std(axis=-1, keepdims=True) + 1e-20)
+        chances, cases = self.recall.of(margins)
+        best: dict[int, float] = {}
+        self.open = []
+        for row, place in np.ndindex(*chances.shape):
+            expert = int(order[row, place])
+            self.open.append((expert, place, int(cases[row, place])))
+            best[expert] = max(best.get(expert, 0.0), float(chances[row, place]))
+        likely = [expert for expert in best if best[expert] >= _WORTH_READING]
+        self.pool.read_ahead(sorted(likely, key=best.__getitem__, reverse=True))
+
+    def learn(self, needed: Sequence[int]) -> None:
+        """The step that was guessed about has come: it needs these experts."""
+        for expert, place, case in self.open:
+            self.recall.learn(place, case, expert in needed)
+        self.open = []
 
 
 class Stream:
-    """What a layer streams with: its slots, and guesses about the layers that follow."""
+    """What a layer streams with: its slots, `guesses` about the layers that follow, and those `about` it.
 
-    def __init__(self, pool: Pool, guesses: Sequence[Guess] = ()) -> None:
+    `begin` is called before each step, if it is given."""
+
+    def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.guesses = tuple(guesses)
+        self.guesses: list[Guess] = []
+        self.about: list[Guess] = []
+        self.begin: Callable[[], None] = lambda: None
 
-    def guesses_for(self, tokens: int) -> tuple[Guess, ...]:
+    def guesses_for(self, tokens: int) -> list[Guess]:
         """The guesses that are worth their while for so many tokens."""
-        return self.guesses if tokens <= _FEW_TOKENS else ()
+        return self.guesses if tokens <= _FEW_TOKENS else []
 
     def waves(
         self, chosen: np.ndarray[Any, Any], guessed: Sequence[np.ndarray[Any, Any]]
@@ -63,14 +108,19 @@ class Stream:
         """Places in `chosen` (N, K) that can be answered, as flat indices, wave after wave.
 
         `guessed` are the logits of the guesses for so many tokens."""
+        self.begin()
         needed = np.unique(chosen).tolist()
+        for guess in self.about:
+            guess.learn(needed)
         if len(chosen) <= _FEW_TOKENS:
             self.pool.usage.add(needed)
         else:
             self.pool.usage.add_prompt(chosen)
         waves = self.pool.ask(needed)
         # Queued after what this step needs, and before anybody waits for that.
-        for guess, logits in zip(self.guesses, guessed, strict=False):
+        for n, (guess, logits) in enumerate(zip(self.guesses, guessed, strict=False)):
+            if n and self.pool.readers.queued_bytes >= _ENOUGH * self.pool.expert_bytes:
+                break  # The disk has enough to do until the next layer asks, which knows better what comes then.
             guess.act(logits)
         for experts in waves:
             yield np.flatnonzero(np.isin(chosen, experts))

@@ -13,31 +13,31 @@ from ..borrowed import QuantizedSwitchLinear, SwitchGLU
 from ..config import Config
 from .pool import Pool, StackedTensor, Statistics
 from .readers import Readers
-from .streamed import Guess, Stream, StreamedExperts, StreamedLinear, StreamedQuantizedLinear
+from .streamed import Guess, Recall, Stream, StreamedExperts, StreamedLinear, StreamedQuantizedLinear
 from .usage import Usage
 
 if TYPE_CHECKING:
     from ..model import Model
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# How many layers ahead experts are guessed.
-_LAYERS_AHEAD = 2
+LAYERS_AHEAD = 2
+"""How many layers ahead experts are guessed; 0 reads nothing ahead."""
 
 
 class Streaming:
     """Slots for the experts of every layer, `slots[layer]` of them, and the threads that read into them.
 
     `stored[layer]` are the tensors an expert of that layer is made of, named as in `switch_mlp`. Build the model with
-    `experts`, load `arrays` into it, then `attach` it. Use from the thread that runs the model."""
+    `experts`, load `arrays` into it, then `attach` it. Each layer guesses about `layers_ahead` more. Use from the thread that runs the model."""
 
     def __init__(
-        self, stored: Sequence[Sequence[StackedTensor]], slots: Sequence[int], *, read_ahead: bool = True
+        self, stored: Sequence[Sequence[StackedTensor]], slots: Sequence[int], *, layers_ahead: int = LAYERS_AHEAD
     ) -> None:
         self.readers = Readers()
         # Threads know the readers only, so that they end when nobody has the model any more.
         self._finalizer = weakref.finalize(self, self.readers.close)
         self._counts = Statistics()
-        self.read_ahead = read_ahead
+        self.layers_ahead = layers_ahead
         self.wanted = tuple(slots)
         self.pools = [
             Pool(tensors, count, Usage(len(tensors[0].places)), self.readers, self._counts)
@@ -65,25 +65,24 @@ class Streaming:
                 quantized = isinstance(matrix, QuantizedSwitchLinear)
                 matrix.__class__ = StreamedQuantizedLinear if quantized else StreamedLinear
                 matrix.pool = pool
-            experts.stream = Stream(pool, self._guesses(model, n) if self.read_ahead else ())
-            # The model keeps this alive, and is not kept alive by it.
-            experts.stream.owner = self
+            experts.stream = Stream(pool)
             self.layers.append(experts)
+        self._guess_ahead(model)
+        # The model keeps this alive; its first layer asks whether memory has become short.
+        self.layers[0].stream.begin = self.check
 
-    def _guesses(self, model: Model, layer: int) -> list[Guess]:
-        earlier = model.layers[layer].post_attention_layernorm["weight"]
-        later = range(layer + 1, min(layer + 1 + _LAYERS_AHEAD, len(model.layers)))
-        per_token = model.args.num_experts_per_tok
-        return [
-            Guess(
-                self.pools[n],
-                model.layers[n].block_sparse_moe.gate,
-                model.layers[n].post_attention_layernorm["weight"],
-                earlier,
-                per_token,
-            )
-            for n in later
-        ]
+    def _guess_ahead(self, model: Model) -> None:
+        recall = Recall(model.args.num_experts_per_tok)
+        for n, earlier in enumerate(model.layers):
+            for later in range(n + 1, min(n + 1 + self.layers_ahead, len(model.layers))):
+                gate, norm = model.layers[later].block_sparse_moe.gate, model.layers[later].post_attention_layernorm
+                earlier_norm = earlier.post_attention_layernorm["weight"]
+                guess = Guess(self.pools[later], gate, norm["weight"], earlier_norm, recall)
+                self.layers[n].stream.guesses.append(guess)
+                self.layers[later].stream.about.append(guess)
+
+    def check(self) -> None:
+        """Called as a step begins, when slots may be given up and taken back."""
 
     @property
     def statistics(self) -> Statistics:
