@@ -73,6 +73,30 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Own:
+    """A model in a folder: its configuration, and its tensors' bytes if there are files yet."""
+
+    config: Config
+    stored: Mapping[str, int] | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Own:
+        """Read headers only; raises `ConfigError` or `WeightsError`."""
+        from .weights import Checkpoint
+
+        if not any(folder.glob("*.safetensors")):
+            return cls(Config.read(folder))
+        checkpoint = Checkpoint.open(folder)
+        stored = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors}
+        return cls(replace(checkpoint.config, dtype=checkpoint.dtype), stored)
+
+    @property
+    def recipe(self) -> str:
+        packing = self.config.packing("model.layers.0.block_sparse_moe.switch_mlp.gate_proj")
+        return f"at {packing.bits} bits" if packing else f"in {self.config.dtype}"
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A model at a recipe, as it is held in memory."""
 
@@ -99,16 +123,17 @@ class Row:
 def plan(request: Request, *, quiet: bool = False) -> Answer:
     """Run `plan`. Raises `MixtralError`."""
     folder = _folder(request.model)
+    own = Own.read(folder) if folder else None
     if request.measure:
         _measure(folder, quiet=quiet)
-    rows = [row for place in _places(request) for row in _rows(place, folder, request)]
+    rows = [row for place in _places(request) for row in _rows(place, own, request)]
     return Answer(_text(rows, request), [{"plans": [_entry(row) for row in rows]}])
 
 
 def outlook(folder: Path) -> str:
     """In a line: how the model in `folder` will run on this machine."""
     (place,) = _places(Request())
-    (row,) = _rows(place, folder, Request())
+    (row,) = _rows(place, Own.read(folder), Request())
     if row.plan is None or row.speed is None:
         return f"does not run here: {_short_reason(row)} of memory, and may use {in_gb(place.budget_bytes)}"
     speed = f"about {_tps(row.speed.decode_tps)} tokens/s (computed)"
@@ -165,9 +190,10 @@ def _mac(ram: int) -> Place:
     return Place(f"{ram / 2**30:g} GB Mac", default_budget(there), machine_speeds.assumed(there).speeds)
 
 
-def _rows(place: Place, folder: Path | None, request: Request) -> Iterator[Row]:
-    if folder:
-        yield _row(place, _own(folder, place, request), request.context)
+def _rows(place: Place, own: Own | None, request: Request) -> Iterator[Row]:
+    if own:
+        footprint = _footprint(own.config, place.computed, place.held, request.kv_bits, own.stored)
+        yield _row(place, Candidate(own.config.name, own.recipe, footprint), request.context)
         return
     for model in KNOWN:
         yield from _best(place, model, request)
@@ -209,20 +235,6 @@ def _published_footprint(
     return _footprint(config, computed, held, kv_bits)
 
 
-def _own(folder: Path, place: Place, request: Request) -> Candidate:
-    """The model in a folder, as its files are; by its configuration alone where there are no files yet."""
-    from .weights import Checkpoint
-
-    if not any(folder.glob("*.safetensors")):
-        config = Config.read(folder)
-        return Candidate(config.name, _bits(config), _footprint(config, place.computed, place.held, request.kv_bits))
-    checkpoint = Checkpoint.open(folder)
-    stored = {tensor.name: tensor.nbytes for tensor in checkpoint.tensors}
-    config = replace(checkpoint.config, dtype=checkpoint.dtype)
-    footprint = _footprint(config, place.computed, place.held, request.kv_bits, stored)
-    return Candidate(config.name, _bits(config), footprint)
-
-
 def _footprint(
     config: Config,
     computed: str | None,
@@ -230,17 +242,12 @@ def _footprint(
     kv_bits: int | None,
     stored: Mapping[str, int] | None = None,
 ) -> Footprint:
-    """`stored` are the bytes of the tensors there are; without them, those the configuration implies."""
+    """`stored` are the bytes of the tensors there are; without them, those that follow from the configuration."""
     specs = config.tensors(lambda path: stored is None or f"{path}.scales" in stored)
     sizes = stored
     if stored is None or held:
         sizes = {name: spec.nbytes(held or config.dtype) for name, spec in specs.items()}
     return Footprint.of(config, computed or config.dtype, kv_bits, sizes)
-
-
-def _bits(config: Config) -> str:
-    packing = config.packing("model.layers.0.block_sparse_moe.switch_mlp.gate_proj")
-    return f"at {packing.bits} bits" if packing else f"in {config.dtype}"
 
 
 # Shown to people.
@@ -252,11 +259,14 @@ _LEFT = 4  # The first columns are words.
 def _text(rows: Sequence[Row], request: Request) -> str:
     table = [_HEAD, *(_cells(row, before) for row, before in zip(rows, [None, *rows], strict=False))]
     widths = [max(len(cells[n]) for cells in table) for n in range(len(_HEAD))]
-    lines = [_line(cells, widths) for cells in table]
+    head, *lines = (_line(cells, widths) for cells in table)
     if request.explain:
-        for place, row in enumerate(rows, 1):
-            lines[place] = "\n".join([lines[place], *(f"    {line}" for line in explained(row)), ""])
-    return "\n".join([*lines, "", *_notes(rows)])
+        lines = [_with_sums(line, row) for line, row in zip(lines, rows, strict=True)]
+    return "\n".join([head, *lines, *([] if request.explain else [""]), *_notes(rows)])
+
+
+def _with_sums(line: str, row: Row) -> str:
+    return "\n".join([line, *(f"    {sums}" for sums in explained(row)), ""])
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
