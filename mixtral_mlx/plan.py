@@ -266,7 +266,8 @@ def _text(rows: Sequence[Row], request: Request) -> str:
 
 
 def _with_sums(line: str, row: Row) -> str:
-    return "\n".join([line, *(f"    {sums}" for sums in explained(row)), ""])
+    sums = [f"    {line}" for line in explained(row)]
+    return "\n".join([line, *sums, ""])
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -336,9 +337,9 @@ def _speeds_in_words(speeds: Speeds) -> str:
 
 
 def explained(row: Row) -> list[str]:
-    """The arithmetic behind a row, in lines."""
+    """The arithmetic behind a row, in lines; why there is no plan stands below the table."""
     if row.plan is None or row.speed is None:
-        return [str(row.refusal), *(row.refusal.hint.splitlines() if row.refusal else [])]
+        return []
     found, speed, model, speeds = row.plan, row.speed, row.candidate.footprint, row.place.speeds
     layers = len(found.slots)
     details = {
