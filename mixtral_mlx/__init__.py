@@ -10,6 +10,8 @@
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
     session    a conversation: its messages, settings and commands
+    speeds     what this machine reaches, measured or assumed
+    plan       what runs in how much memory, in words
     chat       the conversation in the terminal, with terminal and markdown for the screen
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .bench.commands import Answer as Measured
     from .convert.commands import Answer
     from .generate import Chunk, Sampling, Usage
+    from .plan import Answer as Planned
     from .prompt import Tokenizer
 
 
@@ -92,11 +93,12 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("plan", "serve", "helper", "routes")
+_LATER_COMMANDS = ("serve", "helper", "routes")
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
   convert      make a folder this program runs from any Mixtral checkpoint
+  plan         say what runs in how much memory, and how fast that should be
   verify       check that a converted folder is as it was written
   perplexity   measure how well a model predicts a text
   bench        measure how fast a model runs here, next to mlx-lm
@@ -572,6 +574,56 @@ def _perplexity(arguments: list[str]) -> int:
     return _show(answer, as_json=parsed.json)
 
 
+# plan
+
+_PLAN = """Say what runs in how much memory: resident or streamed from the SSD, with which context, and how fast that
+should be. Without --model for the published Mixtrals, without --memory or --ram for this machine. Computed, not run."""
+_PLAN_EPILOG = """examples:
+  mixtral-mlx plan --measure
+  mixtral-mlx plan --ram 16GB,24GB,64GB
+  mixtral-mlx plan --model ~/models/mixtral-q4 --memory 12GB --explain"""
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = _Parser("mixtral-mlx plan", description=_PLAN, epilog=_PLAN_EPILOG)
+    parser.add_argument("--model", metavar="M", help="a folder, a fetched Hugging Face repository, or `demo`")
+    group = parser.add_argument_group("how much there is")
+    group.add_argument("--memory", type=_sizes(), default=(), metavar="8GB,12GB", help="what the whole process may use")
+    group.add_argument(
+        "--ram", type=_sizes(as_chips=True), default=(), metavar="16GB,24GB", help="Macs with so much memory"
+    )
+    group.add_argument("--context", type=_count(2), metavar="N", help="tokens of prompt and answer (chosen to fit)")
+    group.add_argument("--kv-bits", type=_one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
+    group = parser.add_argument_group("how it is said")
+    group.add_argument(
+        "--measure", action="store_true", help="measure this machine's SSD and memory, and keep that for later plans"
+    )
+    group.add_argument("--explain", action="store_true", help="show the arithmetic of each line")
+    _add_output(parser, "print one object: plans, each with mode, slots_per_layer, context, parts, generation_tps …")
+    given = vars(parser.parse(arguments))
+    as_json, quiet = given.pop("json"), given.pop("quiet")
+    from .plan import Request, plan
+
+    return _show(plan(Request(**given), quiet=quiet), as_json=as_json)
+
+
+def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        from .budget import SizeError, parse_size
+
+        sizes = []
+        for word in text.split(","):
+            try:
+                sizes.append(parse_size(word, as_chips=as_chips))
+            except SizeError:
+                raise argparse.ArgumentTypeError(
+                    f"holds {word[:40]!r}, expected sizes as 12GB, 800MB or 12.5GiB, with commas between them"
+                ) from None
+        return tuple(sizes)
+
+    return parse
+
+
 # bench
 
 _BENCH = """Measure how fast a model runs here: loading, prompts, decoding, batches, quantized caches and memory, each
@@ -654,7 +706,7 @@ def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def _show(answer: Answer | Measured, *, as_json: bool) -> int:
+def _show(answer: Answer | Measured | Planned, *, as_json: bool) -> int:
     for entry in answer.objects if as_json else ():
         _print_json(entry)
     if not as_json:
@@ -669,4 +721,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": _verify,
     "perplexity": _perplexity,
     "bench": _bench,
+    "plan": _plan,
 }

@@ -18,6 +18,7 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "memory": {"config"},
     "budget": {"config"},
+    "speeds": {"bench", "budget", "config", "memory"},
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
     "weights": {"config", "cpu", "memory", "model"},

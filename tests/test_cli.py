@@ -76,7 +76,7 @@ TOP = [
     ("", "no_command", "mixtral-mlx --help"),
     ("cht", "unknown_command", "Did you mean chat?"),
     ("--model x chat", "no_command", "--model stands before the command"),
-    *((name, "not_available", name) for name in ("plan", "serve", "helper", "routes")),
+    *((name, "not_available", name) for name in ("serve", "helper", "routes")),
 ]
 
 
@@ -124,6 +124,7 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
         "verify --help",
         "perplexity --help",
         "bench --help",
+        "plan --help",
         "--version",
     ],
 )
@@ -224,6 +225,7 @@ import sys
 from mixtral_mlx.cli import main
 assert main(["chat", "--help"]) == 0 and main(["generate", "--bogus"]) == 2
 assert main(["convert", "--help"]) == 0 and main(["verify", "--help"]) == 0 and main(["perplexity", "--help"]) == 0
+assert main(["plan", "--help"]) == 0 and main(["plan", "--memory", "lots"]) == 2
 assert main(["bench", "--help"]) == 0 and main(["bench", "--rows", "speed"]) == 2
 slow = "mlx mlx_lm rich prompt_toolkit numpy transformers mistral_common huggingface_hub sentencepiece"
 print([name for name in slow.split() if name in sys.modules], file=sys.stderr)

@@ -62,6 +62,7 @@ def test_convert_tells_people_what_came_of_it(
     assert re.fullmatch(
         r"9.04 MB of safetensors in \d+\.\d s\n"
         r"dest: q4, 4.61 MB, 8.15 bits per weight\n"
+        r"  runs here within [\d.]+ GB: resident, about [\d,]+ tokens/s \(computed\)\n"
         r"  mixtral-mlx chat --model dest\n",
         out,
     )

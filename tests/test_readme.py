@@ -5,41 +5,23 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mixtral_mlx.config import KNOWN, recipe
+from mixtral_mlx import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-ROWS = re.findall(r"^\| (\d+) GB \| ([\d.]+) GB \| (.+) \|$", README, re.MULTILINE)
 
 
-def needed_bytes(name: str, bits: int) -> float:
-    config = KNOWN[name]
-    quantized = replace(config, quantization=recipe(config, f"q{bits}"))
-    return quantized.nbytes() + 8192 * config.kv_nbytes_per_token() + 1e9
-
-
-@pytest.mark.parametrize(("memory", "share", "runs"), ROWS)
-def test_the_memory_table_is_what_the_arithmetic_says(memory: str, share: str, runs: str) -> None:
-    limit = int(memory) * (2 / 3 if int(memory) <= 36 else 3 / 4)
-    assert share == f"{limit:.1f}"
-    listed = {name: int(bits) for name, bits in re.findall(r"(8x\d+B) at (\d) bits", runs)}
-    fitting = {
-        name: max(bits)
-        for name in KNOWN
-        if (bits := [b for b in (2, 3, 4, 5, 6, 8) if needed_bytes(name, b) <= limit * 1e9])
-    }
-    if listed.keys() == {"8x22B"}:
-        fitting.pop("8x7B")  # Where the larger model fits well, the smaller goes without saying.
-    assert listed == fitting
-
-
-def test_the_table_has_rows() -> None:
-    assert len(ROWS) >= 8
+def test_the_memory_table_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    line, expected = re.search(r"\$ mixtral-mlx (plan --ram .+)\n((?:.*\n)+?)```", README).groups()  # type: ignore[union-attr]
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr().out == expected
+    for size in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192):
+        assert f"\n{size} GB Mac " in expected
+    assert "Computed, not measured" in expected
 
 
 def test_the_python_example_runs() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import MixtralError
 from ..memory import peak_rss_bytes
+from ..plan import outlook
 from ..session import mlx_failures
 from ..terminal import Bar, CtrlC
 from ..weights import locate
@@ -65,6 +66,7 @@ def convert(request: run.Request, *, quiet: bool) -> Answer:
         lines += [
             f"{folder}: {written.recipe}, {run.in_words(written.nbytes)}, "
             f"{written.bits_per_weight:.2f} bits per weight",
+            f"  {outlook(folder)}",
             f"  mixtral-mlx chat --model {folder}",
         ]
     return Answer("\n".join(lines), objects)
