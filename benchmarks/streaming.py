@@ -9,7 +9,8 @@ cached. Before each, the disk is measured: some drift. Without --memory there is
 
 After a prompt of --context ids, as many tokens as fit into --seconds are timed, --tokens at most, drawn at random so
 that random weights route them evenly: ours at temperature 1, the others are given them. Peak RSS, bytes read and CPU
-seconds are the kernel's figures, seen from outside; ours adds hits and its own seconds. Linux, as root."""
+seconds are the kernel's figures, seen from outside. Ours adds hits, the seconds its readers were busy, all together,
+and those it stalled; the rest counts as compute. Linux, as root."""
 
 from __future__ import annotations
 
@@ -79,7 +80,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Seen:
-    """Bytes: the most a process held, all it read, and the most its cgroup held, page cache and kernel's included."""
+    """Bytes: the most a process held, what it read, and the most its cgroup held, page cache and kernel's included."""
 
     rss: int
     anonymous: int
@@ -153,6 +154,9 @@ class Watched:
         self._late = False
 
     def start(self, command: Sequence[str]) -> None:
+        """Begin it, after the end of the one before."""
+        if self._process:
+            self._process.wait()
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
         self._process = subprocess.Popen(
             command,
@@ -163,7 +167,7 @@ class Watched:
             env={**os.environ, **dict.fromkeys(names, self._threads), **self._preload},
             preexec_fn=self._group.join if self._group else None,
         )
-        threading.Thread(target=self._sample, daemon=True).start()
+        threading.Thread(target=self._sample, args=(self._process.pid,), daemon=True).start()
 
     def ask(self, request: dict[str, Any] | None, limit_s: float) -> dict[str, Any]:
         """Its answer to a request, or the line it says unasked; raises `EngineError`."""
@@ -203,9 +207,8 @@ class Watched:
         rss, anonymous, file, read = self._most.values()
         return Seen(rss, anonymous, file, read, group)
 
-    def _sample(self) -> None:
-        assert self._process
-        folder = Path(f"/proc/{self._process.pid}")
+    def _sample(self, pid: int) -> None:
+        folder = Path(f"/proc/{pid}")
         with suppress(OSError):
             while True:
                 for line in [*(folder / "status").open(), *(folder / "io").open()]:
@@ -243,34 +246,40 @@ class Watched:
 
 
 def ours(folder: Path, vocab_size: int) -> Callable[[Work, int | None, Watched], Decoded]:
-    def measure(work: Work, budget_bytes: int | None, process: Watched) -> Decoded:
+    def generate(work: Work, budget_bytes: int | None, process: Watched, tokens: int) -> dict[str, Any]:
         ids = ",".join(map(str, drawn_ids(vocab_size, work.context)))
         command = [sys.executable, "-m", "mixtral_mlx", "generate", "--model", str(folder), "--prompt-ids", ids]
-        command += ["--max-tokens", str(work.tokens + 1), "--json", "--quiet"]  # The first comes with the prompt.
+        command += ["--max-tokens", str(tokens), "--json", "--quiet"]
         command += ["--temperature", "1", "--seed", "1"]  # What random weights think likeliest soon repeats itself.
         if budget_bytes is not None:
-            command += ["--memory", f"{budget_bytes}B"]
+            command += ["--memory", f"{budget_bytes / 1e9:g}GB"]
         process.start(command)
-        return _ours_decoded(process.ask(None, work.first_s + work.timed_s))
+        return process.ask(None, work.first_s + work.timed_s)
+
+    def measure(work: Work, budget_bytes: int | None, process: Watched) -> Decoded:
+        # A prompt reads nearly every expert. The same run, ended early, has what is not the later tokens'.
+        before = generate(work, budget_bytes, process, 1)
+        return _ours_decoded(before, generate(work, budget_bytes, process, work.tokens + 1))
 
     return measure
 
 
-def _ours_decoded(said: dict[str, Any]) -> Decoded:
-    memory = said["memory"]
-    tokens = said["usage"]["completion_tokens"] - 1
+def _ours_decoded(before: dict[str, Any], said: dict[str, Any]) -> Decoded:
+    tokens = said["usage"]["completion_tokens"] - before["usage"]["completion_tokens"]
     if tokens < 1:
-        raise EngineError("It ended before the second token; try another --context.")
-    # Without figures of decoding alone those of the whole run are taken, whose prompt reads nearly every expert.
-    part = memory.get("decode", memory)
-    hits, misses = part.get("expert_hits", 0), part.get("expert_misses", 0)
-    per_token = {name: part[name] / tokens for name in ("io_s", "compute_s", "stall_s") if name in part}
+        raise EngineError("it ended before the second token; try another --context")
+    token_s, memory = 1 / said["timings"]["generation_tps"], said["memory"]
+    names = ("expert_hits", "expert_misses", "bytes_read", "io_s", "stall_s")
+    each = {name: (memory[name] - before["memory"][name]) / tokens for name in names if name in memory}
+    uses = each["expert_hits"] + each["expert_misses"]
     return Decoded(
         tokens,
-        1 / said["timings"]["generation_tps"],
-        token_bytes=part["bytes_read"] / tokens if memory["mode"] != "resident" else 0,
-        hit_rate=hits / (hits + misses) if hits + misses else None,
-        **per_token,
+        token_s,
+        token_bytes=each["bytes_read"],
+        hit_rate=each["expert_hits"] / uses if uses else None,
+        io_s=each.get("io_s"),
+        compute_s=token_s - each["stall_s"] if "stall_s" in each else None,
+        stall_s=each.get("stall_s"),
         said={name: value for name, value in said.items() if name != "text"},
     )
 
