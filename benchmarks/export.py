@@ -92,19 +92,32 @@ def _packed(stack: list[Matrix], config: Config, kind: str) -> np.ndarray[Any, A
     """A stack as it stands in the file. Experts are packed one by one: as floats a stack is many times as large."""
     parts = []
     for matrix in stack:
-        values = np.array(matrix.read().astype(mx.float32))
+        values = matrix.read().astype(mx.float32)
         if matrix.path.endswith(("q_proj", "k_proj")):
             heads = config.num_attention_heads if matrix.path.endswith("q_proj") else config.num_key_value_heads
             values = _pairs_beside_each_other(values, heads)
-        parts.append(gguf.quants.quantize(values, _type(matrix, kind)))
+        packed = _type(matrix, kind)
+        q4_0 = packed == gguf.GGMLQuantizationType.Q4_0
+        parts.append(_q4_0(values) if q4_0 else gguf.quants.quantize(np.array(values), packed))
     return parts[0] if stack[0].expert is None else np.stack(parts)
 
 
-def _pairs_beside_each_other(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def _q4_0(values: mx.array) -> np.ndarray[Any, Any]:
+    """What `gguf.quants.quantize` makes of them, up to rounding, in half the time: 8x7B has 47 billion."""
+    blocks = values.reshape(-1, 32)
+    low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
+    step = mx.where(high > -low, high, low) / -8
+    inverse = mx.where(step == 0, 0, 1 / step)
+    nibbles = mx.minimum((blocks * inverse + 8.5).astype(mx.uint8), 15)
+    pairs = nibbles[:, :16] | (nibbles[:, 16:] << 4)
+    packed = mx.concatenate([step.astype(mx.float16).view(mx.uint8), pairs], -1)
+    return np.array(packed).reshape(values.shape[0], -1)
+
+
+def _pairs_beside_each_other(array: mx.array, heads: int) -> mx.array:
     """Rows of a rotary matrix in llama.cpp's order; ours lie half a head apart."""
     rows, width = array.shape
-    paired = array.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2)
-    return np.ascontiguousarray(paired).reshape(rows, width)
+    return array.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def _add_configuration(writer: gguf.GGUFWriter, config: Config, name: str) -> None:

@@ -6,6 +6,7 @@ answers on stdout are lines of JSON, one answer to each; first, unasked, {"ready
 
     {"op": "prompt", "tokens": N}                   → {"seconds": …} from N ids to the next token
     {"op": "decode", "context": C, "tokens": N}     → {"seconds": …} for N tokens one by one after C, and one not timed
+        "drawn": true feeds it tokens drawn at random, not its own: random weights soon repeat two or three
     {"op": "exit"}
 
 What an engine cannot do it answers with {"unsupported": "why"}."""
@@ -62,31 +63,32 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         if request["op"] == "prompt":
             return {"seconds": _prompt_s(engine, request["tokens"])}
         if request["op"] == "decode":
-            return {"seconds": _decode_s(engine, request["context"], request["tokens"])}
+            return {"seconds": _decode_s(engine, request["context"], request["tokens"], request.get("drawn", False))}
     except (RuntimeError, MemoryError, ValueError, NotImplementedError) as error:
         return {"unsupported": str(error) or type(error).__name__}
     return {"unsupported": f"there is no {request['op']} here"}
 
 
 def _prompt_s(engine: Engine, tokens: int) -> float:
-    ids = _ids(engine, tokens)
+    ids = drawn_ids(engine.vocab_size, tokens)
     start = time.perf_counter()
     engine.read(ids)
     return time.perf_counter() - start
 
 
-def _decode_s(engine: Engine, context: int, tokens: int) -> float:
-    current = engine.step(engine.read(_ids(engine, max(context, 1)), kept=True))
+def _decode_s(engine: Engine, context: int, tokens: int, drawn: bool) -> float:
+    ids = drawn_ids(engine.vocab_size, max(context, 1) + tokens)
+    current = engine.step(engine.read(ids[:-tokens], kept=True))
     start = time.perf_counter()
-    for _ in range(tokens):
-        current = engine.step(current)
+    for given in ids[-tokens:]:
+        current = engine.step(given if drawn else current)
     return time.perf_counter() - start
 
 
-def _ids(engine: Engine, count: int) -> list[int]:
+def drawn_ids(vocab_size: int, count: int) -> list[int]:
     """The first `count` of one endless list, so that a longer context begins with a shorter one."""
     drawn = random.Random(_SEED)
-    return [drawn.randrange(3, engine.vocab_size) for _ in range(count)]
+    return [drawn.randrange(3, vocab_size) for _ in range(count)]
 
 
 def _say(answers: TextIO, message: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
-"""llama.cpp as a worker of `peers.py`: python peer_llama.py FILE.gguf THREADS CONTEXT
+"""llama.cpp as a worker of `peers.py`: python peer_llama.py FILE.gguf THREADS CONTEXT [mapped]
 
-As it comes, through llama-cpp-python's plain bindings: float16 cache, flash attention as it chooses, weights mapped."""
+As it comes, through llama-cpp-python's plain bindings: float16 cache, flash attention as it chooses, weights mapped.
+What its kernels want in another order it copies into memory of its own; `mapped` has all weights stay in the file."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ from peer import serve
 class Llama:
     name = "llama.cpp"
 
-    def __init__(self, file: str, threads: int, context: int) -> None:
+    def __init__(self, file: str, threads: int, context: int, *, mapped: bool = False) -> None:
         llama_cpp.llama_backend_init()
         start = time.perf_counter()
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(file), _model_params())
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(file), _model_params(mapped))
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {file}")
         self._context = llama_cpp.llama_init_from_model(self._model, _context_params(threads, context))
@@ -55,9 +56,10 @@ class Llama:
         return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
 
-def _model_params() -> Any:
+def _model_params(mapped: bool) -> Any:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
+    params.use_extra_bufts = not mapped
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
     return params
 
@@ -81,4 +83,4 @@ def _common(one: Sequence[int], two: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
-    serve(lambda: Llama(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    serve(lambda: Llama(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), mapped="mapped" in sys.argv[4:]))
