@@ -14,7 +14,7 @@ from .config import Config, MixtralError
 
 _MIB = 1 << 20
 
-PROCESS_BYTES = 400 * 10**6
+PROCESS_BYTES = 300 * 10**6
 """Python, MLX, the tokenizer and compiled kernels, before there is any model."""
 CHUNK_TOKENS = 2048
 """Tokens of a prompt that go through a layer together. Each reads an expert at most once, so long chunks read less."""
@@ -119,12 +119,14 @@ class Footprint:
         return grown + grown // len(self.expert_bytes)
 
     def working_bytes(self, tokens: int) -> int:
-        """Bytes at most between the weights and the result while `tokens` tokens go through a layer.
+        """Bytes between the weights and the result while `tokens` tokens go through a layer.
 
-        Twelve arrays of the hidden size (residuals, norms, queries, keys, values, attention and its result), the rows
-        each chosen expert is given and gives back, what is between its two products, and the last token's logits."""
+        Six arrays of the hidden size (residuals, norms, queries, attention and its result), what each chosen expert
+        says and the copy in which it is put in order, what is between the two products of one expert, which may have
+        twice its share of tokens, and the last token's logits."""
         rows = tokens * self.chosen
-        values = 12 * tokens * max(self.hidden, self.queries) + 2 * rows * self.hidden + 2 * rows * self.ffn
+        own = min(2 * rows // self.experts, tokens) + 1
+        values = 6 * tokens * max(self.hidden, self.queries) + 2 * rows * self.hidden + 3 * own * self.ffn
         return self.float_bytes * (values + 2 * self.vocab)
 
 

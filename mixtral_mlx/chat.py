@@ -69,7 +69,10 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
             cpu.compile_for(loaded.model)
     if loaded.note and not choice.quiet:
         print(loaded.note, file=sys.stderr, flush=True)
-    conversation = Conversation(loaded.model, kv_bits=choice.kv_bits, context=loaded.plan.context)
+    plan = loaded.plan
+    conversation = Conversation(
+        loaded.model, kv_bits=choice.kv_bits, context=plan.context, chunk_tokens=plan.chunk_tokens
+    )
     is_demo = folder == locate(None)
     name = "the demo model" if is_demo else _model_name(choice.name or "", folder)
     return Ready(name, loaded, tokenizer, conversation, is_demo)

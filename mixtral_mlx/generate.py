@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from .borrowed import KVCache, QuantizedKVCache, make_logits_processors, make_sampler
+from .budget import CHUNK_TOKENS
 from .config import MixtralError
 
 if TYPE_CHECKING:
     from .model import Model
     from .prompt import Tokenizer
 
-_CHUNK_TOKENS = 2048
 _CLEAR_CACHE_EVERY = 256
 
 
@@ -116,9 +116,17 @@ class Chunk:
 class Conversation:
     """A KV cache and the ids in it, for consecutive prompts: what a new one has in common is not read again.
 
-    `kv_bits` (4 or 8) quantizes the cache. `context` is the most tokens it may hold; the model's own limit if None."""
+    `kv_bits` (4 or 8) quantizes the cache. `context` is the most tokens it may hold; the model's own limit if None.
+    A prompt is read `chunk_tokens` at a time: more need more memory, and fewer more reading where experts stream."""
 
-    def __init__(self, model: Model, *, kv_bits: int | None = None, context: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        kv_bits: int | None = None,
+        context: int | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
         longest = model.args.max_position_embeddings
         if kv_bits not in (None, 4, 8):
             raise _impossible("kv_bits", kv_bits, "4 or 8")
@@ -129,6 +137,7 @@ class Conversation:
         self.model = model
         self.kv_bits = kv_bits
         self.context = context or longest
+        self.chunk_tokens = chunk_tokens
         self.clear()
 
     def clear(self) -> None:
@@ -172,7 +181,7 @@ def stream_generate(
 ) -> Iterator[Chunk]:
     """Continue the ids `prompt`, yielding a `Chunk` per token as it comes.
 
-    The prompt is read in chunks of 2048 tokens; `on_prompt(done, total)` is called after each. `cancelled` is asked
+    The prompt is read in chunks; `on_prompt(done, total)` is called after each. `cancelled` is asked
     between chunks and between tokens. Dropping the iterator stops as well. Raises `GenerateError` at once."""
     conversation = conversation or Conversation(model)
     if not prompt:
@@ -295,7 +304,7 @@ def _read_prompt(
     while done < len(prompt) - 1:
         if cancelled():
             return False
-        chunk = prompt[done : min(done + _CHUNK_TOKENS, len(prompt) - 1)]
+        chunk = prompt[done : min(done + conversation.chunk_tokens, len(prompt) - 1)]
         # Only the cache is asked for: logits are for the last token alone.
         model.model(mx.array([chunk]), conversation.cache)
         mx.eval([layer.state for layer in conversation.cache])

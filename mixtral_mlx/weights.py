@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 from . import cpu
 from .budget import Footprint, Plan, fit
 from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
-from .memory import activation_dtype, default_budget, machine
+from .memory import Relief, Step, activation_dtype, default_budget, machine
 
 if TYPE_CHECKING:
     from .experts import StackedTensor, Streaming
@@ -239,6 +239,7 @@ def load(
     model.eval()
     if streaming:
         streaming.attach(model)
+        streaming.before_step = _relief(streaming).check
     if target == "float32" and cpu.is_available():
         cpu.accelerate(model)
     note = cpu.MISSING if cpu.is_backend() and not cpu.is_available() else ""
@@ -263,6 +264,18 @@ def _plan(
 ) -> Plan:
     asked = footprint(checkpoint, dtype, cast_to, kv_bits)
     return fit(asked, default_budget(machine(ask_metal=True)) if memory is None else memory, context=context)
+
+
+def _relief(streaming: Streaming) -> Relief:
+    """What a streamed model gives up when the machine runs short of memory."""
+    clear = Step("MLX's cache", _clear_cache, lambda: False)
+    return Relief([clear, Step("a slot per layer", streaming.give_up, streaming.take_back)])
+
+
+def _clear_cache() -> bool:
+    held = mx.get_cache_memory()
+    mx.clear_cache()
+    return held > 0
 
 
 def stored_experts(checkpoint: Checkpoint, dtype: str | None) -> list[list[StackedTensor]]:

@@ -84,16 +84,16 @@ class Ours:
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
         from ..generate import Sampling, stream_generate
 
-        without_text: Any = _NoText()
+        without_text: Any = NoText()
         return stream_generate(self.model, without_text, prompt, Sampling(max_tokens=count, ignore_eos=True))
 
 
-class _NoText:
-    """Stands in for a tokenizer: neither side's text is timed."""
+class NoText:
+    """Stands in for a tokenizer where only ids matter: neither side's text is timed."""
 
     eos_id = -1
 
-    def detokenizer(self, after: Sequence[int] = ()) -> _NoText:
+    def detokenizer(self, after: Sequence[int] = ()) -> NoText:
         return self
 
     def add(self, token: int) -> str:

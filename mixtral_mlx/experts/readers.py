@@ -1,7 +1,7 @@
 """Threads that read experts from the disk, part by part: what is waited for first, then what is guessed.
 
-An expert is cut into parts, so that even a single one keeps every thread, and so the disk, busy. Which expert goes where
-is left to others."""
+An expert is cut into parts, so that even a single one keeps every thread, and so the disk, busy. Which expert goes
+where is left to others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .files import SECTOR, WeightFile
@@ -58,8 +59,7 @@ def _parts(piece: Piece) -> list[Piece]:
     # Cut at sectors, so that only the ends of a piece are ever less than one.
     cuts = [0, *range(PART_BYTES - piece.offset % SECTOR, piece.nbytes, PART_BYTES), piece.nbytes]
     return [
-        Piece(piece.file, piece.offset + begin, end - begin, piece.view[begin:end])
-        for begin, end in zip(cuts, cuts[1:], strict=False)
+        Piece(piece.file, piece.offset + begin, end - begin, piece.view[begin:end]) for begin, end in pairwise(cuts)
     ]
 
 

@@ -22,8 +22,8 @@ _SORTED = 64
 # How clear a choice was, in cases: standard deviations of the logits between an expert and the first not chosen.
 _MARGINS = (0.1, 0.25, 0.5)
 _LEARNING = 0.02
-# A wrong guess costs the disk what a right one saves.
-_WORTH_READING = 0.5
+# A wrong guess costs the disk what a right one saves, and may have driven out an expert that will be missed.
+_WORTH_READING = 0.7
 # Experts' worth of bytes that wait to be read: then nothing more is guessed.
 _ENOUGH = 1.0
 

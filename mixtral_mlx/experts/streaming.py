@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ LAYERS_AHEAD = 2
 class Streaming:
     """Slots for the experts of every layer, `slots[layer]` of them, and the threads that read into them.
 
-    `stored[layer]` are the tensors an expert of that layer is made of, named as in `switch_mlp`. Build the model with
-    `experts`, load `arrays` into it, then `attach` it. Each layer guesses about `layers_ahead` more. Use from the thread that runs the model."""
+    `stored[layer]` are the tensors an expert of that layer is made of, named as in `switch_mlp`. Each layer guesses
+    about `layers_ahead` more. Build the model with `experts`, load `arrays` into it, then `attach` it. Use from the
+    thread that runs the model. `before_step` is called as each step begins: only then slots may be given up."""
 
     def __init__(
         self, stored: Sequence[Sequence[StackedTensor]], slots: Sequence[int], *, layers_ahead: int = LAYERS_AHEAD
@@ -38,6 +39,7 @@ class Streaming:
         self._finalizer = weakref.finalize(self, self.readers.close)
         self._counts = Statistics()
         self.layers_ahead = layers_ahead
+        self.before_step: Callable[[], object] = lambda: None
         self.wanted = tuple(slots)
         self.pools = [
             Pool(tensors, count, Usage(len(tensors[0].places)), self.readers, self._counts)
@@ -57,7 +59,7 @@ class Streaming:
     def attach(self, model: Model) -> None:
         """Have the layers of `model`, whose experts' parameters are `arrays`, ask for what they need."""
         self.layers: list[StreamedExperts] = []
-        for n, (pool, layer) in enumerate(zip(self.pools, model.layers, strict=True)):
+        for pool, layer in zip(self.pools, model.layers, strict=True):
             experts: Any = layer.block_sparse_moe.switch_mlp
             experts.__class__ = StreamedExperts
             for name in _PROJECTIONS:
@@ -68,8 +70,8 @@ class Streaming:
             experts.stream = Stream(pool)
             self.layers.append(experts)
         self._guess_ahead(model)
-        # The model keeps this alive; its first layer asks whether memory has become short.
-        self.layers[0].stream.begin = self.check
+        # And so the model keeps this alive.
+        self.layers[0].stream.begin = lambda: self.before_step()
 
     def _guess_ahead(self, model: Model) -> None:
         recall = Recall(model.args.num_experts_per_tok)
@@ -80,9 +82,6 @@ class Streaming:
                 guess = Guess(self.pools[later], gate, norm["weight"], earlier_norm, recall)
                 self.layers[n].stream.guesses.append(guess)
                 self.layers[later].stream.about.append(guess)
-
-    def check(self) -> None:
-        """Called as a step begins, when slots may be given up and taken back."""
 
     @property
     def statistics(self) -> Statistics:
