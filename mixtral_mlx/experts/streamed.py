@@ -96,7 +96,7 @@ class Stream:
         self.pool = pool
         self.guesses: list[Guess] = []
         self.about: list[Guess] = []
-        self.begin: Callable[[], None] = lambda: None
+        self.begin: Callable[[], object] = lambda: None
 
     def guesses_for(self, tokens: int) -> list[Guess]:
         """The guesses that are worth their while for so many tokens."""
