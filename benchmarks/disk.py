@@ -7,8 +7,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 _PART_BYTES = 16 << 20
@@ -37,6 +38,19 @@ def _read(place: tuple[Path, int]) -> int:
             return os.preadv(descriptor, [part], at)
     finally:
         os.close(descriptor)
+
+
+def read_at_random(files: Sequence[Path], draw: random.Random) -> Iterator[int]:
+    """Read 16 MiB at random places for as long as somebody asks for the number of bytes."""
+    with ExitStack() as opened, mmap.mmap(-1, _PART_BYTES) as part:
+        descriptors = []
+        for file in files:
+            descriptors.append((os.open(file, os.O_RDONLY | os.O_DIRECT), file.stat().st_size // _PART_BYTES))
+            opened.callback(os.close, descriptors[-1][0])
+        large = [(descriptor, parts) for descriptor, parts in descriptors if parts]
+        while True:
+            descriptor, parts = draw.choice(large)
+            yield os.preadv(descriptor, [part], draw.randrange(parts) * _PART_BYTES)
 
 
 def forget(files: Sequence[Path]) -> None:
