@@ -9,6 +9,7 @@ import hashlib
 import mmap
 import os
 import threading
+import weakref
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -92,11 +93,14 @@ class _Opened:
         except OSError as error:
             code = "missing_file" if isinstance(error, FileNotFoundError) else "read_failed"
             raise ExpertsError(f"{path} cannot be opened: {error.strerror}.", code=code, hint=_HINT) from None
+        # By hand, since a file that goes without being closed is warned about.
+        weakref.finalize(self, self.plain.close)
         self.direct: FileIO | None = None
         if hasattr(os, "O_DIRECT"):
             # The page cache would hold a second copy of what is in slots, and is charged to us in a container.
             with suppress(OSError):
                 self.direct = FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+                weakref.finalize(self, self.direct.close)
         elif hasattr(fcntl, "F_NOCACHE"):
             fcntl.fcntl(self.plain, fcntl.F_NOCACHE, 1)
         self.identity = self._identity()
