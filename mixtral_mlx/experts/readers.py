@@ -119,8 +119,9 @@ class Readers:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
+        # Garbage is collected on any thread: on one of ours, which may hold the lock, the others are not waited for.
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
                 thread.join()
 
     def _work(self) -> None:
