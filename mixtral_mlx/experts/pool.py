@@ -94,7 +94,8 @@ class Pool:
 
         A wave is some of them, in memory, and stays there until the next is asked for. When there are more experts
         than slots, each has a wave of its own, the least wanted first, while the next one is read: so each is read
-        once at most, and what is wanted most is there at the end, in all slots but two. Raises `ExpertsError`, also from a wave."""
+        once at most, and what is wanted most is there at the end, in all slots but two. Raises `ExpertsError`, also
+        from a wave."""
         self._settle()
         self._count(needed)
         for expert in [expert for expert in self.loads if expert not in needed]:
