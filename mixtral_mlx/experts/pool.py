@@ -96,7 +96,7 @@ class Pool:
         than slots, each has a wave of its own, the least wanted first, while the next one is read: so each is read
         once at most, and what is wanted most is there at the end, in all slots but two. Raises `ExpertsError`, also
         from a wave."""
-        self._settle()
+        self._settle(quietly=True)  # What failed for an earlier step may be there now.
         self._count(needed)
         for expert in [expert for expert in self.loads if expert not in needed]:
             self._cancel(expert)
@@ -224,8 +224,8 @@ class Pool:
 
     # Loads.
 
-    def _settle(self) -> None:
-        """Take note of loads that are done; raises what one that failed raised."""
+    def _settle(self, *, quietly: bool = False) -> None:
+        """Take note of loads that are done; raises what one that failed raised, if it was asked for."""
         for expert, load in list(self.loads.items()):
             if not load.is_done:
                 continue
@@ -233,7 +233,7 @@ class Pool:
             if load.error:
                 was_guess = expert in self.guessed
                 self._forget(expert)
-                if not was_guess:
+                if not was_guess and not quietly:
                     raise load.error
 
     def _wait(self) -> None:
