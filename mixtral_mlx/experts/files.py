@@ -143,14 +143,15 @@ class _Opened:
         if not view:
             return
         size = min(_BOUNCE_BYTES, view.nbytes + 2 * SECTOR) // SECTOR * SECTOR
-        with mmap.mmap(-1, size) as buffer, memoryview(buffer) as pages:
-            while view:
-                skip = offset % SECTOR
-                count = min(view.nbytes, size - skip)
-                whole = -(-(skip + count) // SECTOR) * SECTOR
-                self._fill(file, pages[:whole], offset - skip, skip + count)
-                view[:count] = pages[skip : skip + count]
-                view, offset = view[count:], offset + count
+        # Not closed by hand, which an error that still refers to its pages would turn into another error.
+        pages = memoryview(mmap.mmap(-1, size))
+        while view:
+            skip = offset % SECTOR
+            count = min(view.nbytes, size - skip)
+            whole = -(-(skip + count) // SECTOR) * SECTOR
+            self._fill(file, pages[:whole], offset - skip, skip + count)
+            view[:count] = pages[skip : skip + count]
+            view, offset = view[count:], offset + count
 
     def _fill(self, file: FileIO, view: memoryview, offset: int, needed: int) -> None:
         """At least the first `needed` bytes of `view`: a direct read may ask for more than the file has."""
