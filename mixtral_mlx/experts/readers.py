@@ -125,14 +125,22 @@ class Readers:
                 thread.join()
 
     def _work(self) -> None:
-        while taken := self._take():
-            load, part = taken
-            error = None
-            try:
-                _read(part)
-            except Exception as raised:  # Whatever it is, it belongs to who waits.
-                error = raised
-            self._read_one(load, part, error)
+        while self._read_next():
+            pass
+
+    def _read_next(self) -> bool:
+        """Read a part when there is one, and remember nothing of it after; False when closed."""
+        taken = self._take()
+        if taken is None:
+            return False
+        load, part = taken
+        error = None
+        try:
+            _read(part)
+        except Exception as raised:  # Whatever it is, it belongs to who waits.
+            error = raised
+        self._read_one(load, part, error)
+        return True
 
     def _take(self) -> tuple[Load, Piece] | None:
         with self._changed:
