@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -689,6 +690,16 @@ def test_a_slot_that_is_still_being_written_is_given_to_nobody() -> None:
         layer.disk.open()
         assert list(waves) == [[1]]
         layer.take(1, 6)
+
+
+def test_slots_that_were_given_up_are_nobodys_memory() -> None:
+    with Layer(4) as layer:
+        layer.take(*range(8))
+        given_up = weakref.ref(layer.pool.views[0][1])
+        layer.pool.resize(1)
+        gc.collect()
+        assert given_up() is None
+        assert not any(type(each) is Piece and len(each.view) == 4 for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("after", range(1, 9))
