@@ -18,6 +18,7 @@ import safetensors
 
 from mixtral_mlx import experts
 from mixtral_mlx.config import Config, Packing, Quantization
+from mixtral_mlx.experts.streaming import LAYERS_AHEAD
 from mixtral_mlx.model import Model
 from mixtral_mlx.weights import Loaded, load, quantize, save
 
@@ -62,12 +63,14 @@ def write_tiny(folder: Path, config: Config = TINY, *, seed: int = 0, tokenizer:
 
 
 @contextmanager
-def streamed(folder: Path, slots: int | Sequence[int], *, read_ahead: bool = True, **options: Any) -> Iterator[Loaded]:
+def streamed(
+    folder: Path, slots: int | Sequence[int], *, layers_ahead: int = LAYERS_AHEAD, **options: Any
+) -> Iterator[Loaded]:
     """The folder's model with so many slots in each layer; its threads end with the context."""
     plan = load(folder, **options).plan
     counts = (slots,) * len(plan.slots) if isinstance(slots, int) else tuple(slots)
     plan = replace(plan, mode="streamed", slots=counts)
-    with patch.object(experts, "Streaming", partial(experts.Streaming, read_ahead=read_ahead)):
+    with patch.object(experts, "Streaming", partial(experts.Streaming, layers_ahead=layers_ahead)):
         loaded = load(folder, memory=plan, **options)
     assert loaded.streaming
     try:

@@ -104,14 +104,14 @@ def same(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> bool:
 # Streamed equals resident.
 
 
-@pytest.mark.parametrize("read_ahead", [True, False], ids=["reading ahead", "on demand"])
+@pytest.mark.parametrize("layers_ahead", [2, 0], ids=["reading ahead", "on demand"])
 @pytest.mark.usefixtures("way")
-def test_streamed_equals_resident_at_every_number_of_slots(folder: Path, read_ahead: bool) -> None:
+def test_streamed_equals_resident_at_every_number_of_slots(folder: Path, layers_ahead: int) -> None:
     resident = load(folder).model
     prompts = [prompt(1), prompt(17), prompt(17, batch=4)]
     expected = [answers(resident, ids) for ids in prompts]
     for slots in (*range(1, 9), (1, 8, 3), (8, 2, 8)):
-        with streamed(folder, slots, read_ahead=read_ahead) as loaded:
+        with streamed(folder, slots, layers_ahead=layers_ahead) as loaded:
             for ids, logits in zip(prompts, expected, strict=True):
                 assert same(answers(loaded.model, ids), logits), (slots, ids.shape)
 
