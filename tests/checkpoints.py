@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import safetensors
 
+from mixtral_mlx import experts
 from mixtral_mlx.config import Config, Packing, Quantization
+from mixtral_mlx.experts.streaming import LAYERS_AHEAD
 from mixtral_mlx.model import Model
-from mixtral_mlx.weights import quantize, save
+from mixtral_mlx.weights import Loaded, load, quantize, save
 
 TINY = Config(
     vocab_size=32000,
@@ -55,6 +60,23 @@ def write_tiny(folder: Path, config: Config = TINY, *, seed: int = 0, tokenizer:
         source = files("mistral_common") / "data" / TOKENIZERS[tokenizer]
         shutil.copyfile(str(source), folder / "tokenizer.model")
     return folder
+
+
+@contextmanager
+def streamed(
+    folder: Path, slots: int | Sequence[int], *, layers_ahead: int = LAYERS_AHEAD, **options: Any
+) -> Iterator[Loaded]:
+    """The folder's model with so many slots in each layer; its threads end with the context."""
+    plan = load(folder, **options).plan
+    counts = (slots,) * len(plan.slots) if isinstance(slots, int) else tuple(slots)
+    plan = replace(plan, mode="streamed", slots=counts)
+    with patch.object(experts, "Streaming", partial(experts.Streaming, layers_ahead=layers_ahead)):
+        loaded = load(folder, memory=plan, **options)
+    assert loaded.streaming
+    try:
+        yield loaded
+    finally:
+        loaded.streaming.close()
 
 
 def unstacked(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -40,7 +40,7 @@ def error_code(stderr: str) -> str:
 
 
 COMMON = [
-    ("--memory 12GB", "not_available", "--memory"),
+    ("--memory lots", "bad_option", "--memory is 'lots', expected a number and a unit, as 12GB"),
     ("--modle x", "unknown_option", "Did you mean --model?"),
     ("--temp 1", "unknown_option", "Did you mean --temperature?"),
     ("--top 1", "unknown_option", "--top"),
@@ -171,6 +171,32 @@ def test_generate_json_has_the_promised_names(capsys: pytest.CaptureFixture[str]
     assert report["memory"]["slots_per_layer"] == TINY.num_local_experts
     assert report["memory"]["peak_bytes"] > report["memory"]["bytes_read"] > 0
     assert all(value >= 0 for value in report["timings"].values())
+
+
+def test_within_a_budget_the_demo_is_streamed_to_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", "--model", "demo", "--prompt", "Hello", "--max-tokens", "8", "--json", "--memory"]
+    reports = []
+    for size in ("64GB", "435MB"):
+        assert cli.main([*line, size]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    resident, streamed = (report["memory"] for report in reports)
+    assert reports[0]["tokens"] == reports[1]["tokens"]
+    assert (resident["mode"], streamed["mode"]) == ("resident", "streamed")
+    assert streamed["slots_per_layer"] < resident["slots_per_layer"] == 8
+    assert streamed["budget_bytes"] <= 435_000_000
+    assert streamed["expert_misses"] > 0
+    assert streamed["expert_hits"] + streamed["expert_misses"] > 8
+    assert streamed["bytes_read"] > 0
+    assert streamed.keys() - resident.keys() == {
+        *("ahead_reads", "ahead_used", "hidden_bytes", "io_s", "stall_s"),
+    }
+
+
+def test_a_budget_too_small_even_to_stream_is_refused_with_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", "demo", "--prompt", "x", "--memory", "100MB"]) == 1
+    err = capsys.readouterr().err
+    assert error_code(err) == "over_budget"
+    assert "the budget is 100.0 MB" in err
 
 
 def test_prompts_from_text_ids_and_stdin_agree(

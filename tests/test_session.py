@@ -328,8 +328,11 @@ def test_another_model_takes_the_conversation_over(session: Session, tmp_path: P
 def test_a_model_that_does_not_fit_beside_the_present_one_is_refused(
     session: Session, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixtral_mlx.memory.ram_bytes", lambda: 20_000_000)
-    assert code_of(lambda: session.handle(f"/model {folder}")) == "too_large"
+    held = session.ready.loaded.weights_bytes
+    for budget, code in ((held, "too_large"), (held + 1, "over_budget")):
+        monkeypatch.setattr("mixtral_mlx.memory.default_budget", lambda machine, budget=budget: budget)
+        assert code_of(lambda: session.handle(f"/model {folder}")) == code
+    assert session.ready.name == "v1"
 
 
 def test_a_failure_of_mlx_is_an_error_and_the_conversation_goes_on(

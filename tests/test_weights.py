@@ -18,6 +18,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mixtral_mlx import cpu, weights
+from mixtral_mlx.budget import BudgetError
 from mixtral_mlx.config import Config, Packing, Quantization
 from mixtral_mlx.memory import activation_dtype, file_limit_kept
 from mixtral_mlx.model import Model
@@ -258,28 +259,45 @@ def test_a_mistake_in_the_callers_progress_is_not_swallowed(tmp_path: Path) -> N
         load(tmp_path / "tiny", on_progress=mistaken)
 
 
-def test_a_checkpoint_larger_than_memory_is_refused_before_it_is_read(
+def test_a_checkpoint_larger_than_its_budget_is_streamed_and_one_that_fits_is_not(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "tiny", SMALL, tokenizer=None)
+    resident = load(folder, memory=1 << 36)
+    assert (resident.plan.mode, resident.streaming) == ("resident", None)
+    least = refusal(folder, memory=1 << 20).need_bytes
+    loaded = load(folder, memory=least)
+    assert loaded.streaming
+    assert loaded.plan.mode == "streamed"
+    assert loaded.plan.needed_bytes <= loaded.plan.budget_bytes <= least
+    assert mx.array_equal(loaded.model(IDS), resident.model(IDS))
+    loaded.streaming.close()
+
+
+def refusal(folder: Path, **options: Any) -> BudgetError:
+    with pytest.raises(BudgetError) as caught:
+        load(folder, **options)
+    assert caught.value.code == "over_budget"
+    return caught.value
+
+
+def test_what_cannot_even_be_streamed_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tiny(tmp_path / "tiny", SMALL, tokenizer=None)
-    size = load(tmp_path / "tiny").weights_bytes
-    monkeypatch.setattr(cpu, "is_available", lambda: False)  # Its kernels need no cast.
-    monkeypatch.setattr(weights, "ram_bytes", lambda: size)
-    load(tmp_path / "tiny")
-    monkeypatch.setattr(weights, "ram_bytes", lambda: size - 1)
-    with pytest.raises(WeightsError) as caught:
-        load(tmp_path / "tiny")
-    assert caught.value.code == "too_large"
+    folder = write_tiny(tmp_path / "tiny", SMALL, tokenizer=None)
+    monkeypatch.setattr(weights, "read_tensors", None)
+    monkeypatch.setattr(weights, "default_budget", lambda machine: 1 << 20)
+    for refused in (refusal(folder), refusal(folder, memory=1 << 20)):
+        assert refused.need_bytes > refused.have_bytes == 1 << 20
 
 
-def test_a_cast_that_needs_more_than_memory_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tiny(tmp_path / "tiny", replace(SMALL, dtype="float16", quantization=Q4), tokenizer=None)
-    size = load(tmp_path / "tiny").weights_bytes
+def test_a_cast_that_makes_the_weights_larger_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "is_available", lambda: False)  # Its kernels need no cast.
-    monkeypatch.setattr(weights, "ram_bytes", lambda: size)
-    with pytest.raises(WeightsError) as caught:
-        load(tmp_path / "tiny", dtype="float32")
-    assert caught.value.code == "too_large"
+    config = replace(SMALL, vocab_size=32000, dtype="float16", quantization=Q4)
+    folder = write_tiny(tmp_path / "tiny", config, tokenizer=None)
+    as_stored, cast = (
+        load(folder, dtype=dtype, memory=1 << 36, context=64).plan.parts for dtype in ("float16", "float32")
+    )
+    assert cast["dense"] > as_stored["dense"]
+    assert cast["experts"] > as_stored["experts"]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import hashlib
 import mmap
 import os
 import threading
+import weakref
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -32,12 +33,14 @@ class ExpertsError(MixtralError):
 class WeightFile:
     """A file of weights, open for reading.
 
-    After a failed read it is opened anew by the next one, and taken if its content is what it was."""
+    After a failed read it is opened anew by the next one, and taken if it is what it was: so is a volume's that was
+    away, or a copy's that kept the time of the last change."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._opened: _Opened | None = _Opened(path)
+        self._identity = self._opened.identity
         self._fingerprint = self._opened.fingerprint()
 
     def read(self, view: memoryview, offset: int) -> None:
@@ -63,7 +66,8 @@ class WeightFile:
             if self._opened is None:
                 opened = _Opened(self.path)
                 try:
-                    same = opened.fingerprint() == self._fingerprint
+                    # Times too: no sample shows that nobody has written anywhere.
+                    same = opened.identity == self._identity and opened.fingerprint() == self._fingerprint
                 except OSError as error:
                     reason = error.strerror or error
                     raise ExpertsError(
@@ -92,11 +96,14 @@ class _Opened:
         except OSError as error:
             code = "missing_file" if isinstance(error, FileNotFoundError) else "read_failed"
             raise ExpertsError(f"{path} cannot be opened: {error.strerror}.", code=code, hint=_HINT) from None
+        # By hand, since a file that goes without being closed is warned about.
+        weakref.finalize(self, self.plain.close)
         self.direct: FileIO | None = None
         if hasattr(os, "O_DIRECT"):
             # The page cache would hold a second copy of what is in slots, and is charged to us in a container.
             with suppress(OSError):
                 self.direct = FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+                weakref.finalize(self, self.direct.close)
         elif hasattr(fcntl, "F_NOCACHE"):
             fcntl.fcntl(self.plain, fcntl.F_NOCACHE, 1)
         self.identity = self._identity()
@@ -136,14 +143,15 @@ class _Opened:
         if not view:
             return
         size = min(_BOUNCE_BYTES, view.nbytes + 2 * SECTOR) // SECTOR * SECTOR
-        with mmap.mmap(-1, size) as buffer, memoryview(buffer) as pages:
-            while view:
-                skip = offset % SECTOR
-                count = min(view.nbytes, size - skip)
-                whole = -(-(skip + count) // SECTOR) * SECTOR
-                self._fill(file, pages[:whole], offset - skip, skip + count)
-                view[:count] = pages[skip : skip + count]
-                view, offset = view[count:], offset + count
+        # Not closed by hand, which an error that still refers to its pages would turn into another error.
+        pages = memoryview(mmap.mmap(-1, size))
+        while view:
+            skip = offset % SECTOR
+            count = min(view.nbytes, size - skip)
+            whole = -(-(skip + count) // SECTOR) * SECTOR
+            self._fill(file, pages[:whole], offset - skip, skip + count)
+            view[:count] = pages[skip : skip + count]
+            view, offset = view[count:], offset + count
 
     def _fill(self, file: FileIO, view: memoryview, offset: int, needed: int) -> None:
         """At least the first `needed` bytes of `view`: a direct read may ask for more than the file has."""
@@ -153,8 +161,8 @@ class _Opened:
             if count == 0:
                 raise ExpertsError(f"{self.path} is shorter than it was.", code="file_changed", hint=_HINT)
             done += count
-            if file is self.direct and done < needed:
-                done -= done % SECTOR
+            if done % SECTOR:  # Where a file ends, or a read came back early: no place for another direct one.
+                file = self.plain
 
     def _forget(self, offset: int, nbytes: int) -> None:
         if hasattr(os, "posix_fadvise"):

@@ -94,8 +94,9 @@ class Pool:
 
         A wave is some of them, in memory, and stays there until the next is asked for. When there are more experts
         than slots, each has a wave of its own, the least wanted first, while the next one is read: so each is read
-        once at most, and what is wanted most is there at the end. Raises `ExpertsError`, also from a wave."""
-        self._settle()
+        once at most, and what is wanted most is there at the end, in all slots but two. Raises `ExpertsError`, also
+        from a wave."""
+        self._settle(quietly=True)  # What failed for an earlier step may be there now.
         self._count(needed)
         for expert in [expert for expert in self.loads if expert not in needed]:
             self._cancel(expert)
@@ -107,8 +108,10 @@ class Pool:
         return self._waves(list(needed), missing)
 
     def _waves(self, left: list[int], missing: list[int]) -> Iterator[list[int]]:
+        # One slot to compute with and one to read into are enough to keep both going.
+        wanted = sorted(left, key=self.usage.scores.__getitem__, reverse=True)[: max(self.num_slots - 2, 0)]
         while left:
-            self._place_some(missing, keep=left)
+            self._place_some(missing, keep=[*left, *wanted])
             here = [expert for expert in left if self.slot_of[expert] >= 0 and expert not in self.loads]
             if not here:
                 self._wait()
@@ -221,8 +224,8 @@ class Pool:
 
     # Loads.
 
-    def _settle(self) -> None:
-        """Take note of loads that are done; raises what one that failed raised."""
+    def _settle(self, *, quietly: bool = False) -> None:
+        """Take note of loads that are done; raises what one that failed raised, if it was asked for."""
         for expert, load in list(self.loads.items()):
             if not load.is_done:
                 continue
@@ -230,7 +233,7 @@ class Pool:
             if load.error:
                 was_guess = expert in self.guessed
                 self._forget(expert)
-                if not was_guess:
+                if not was_guess and not quietly:
                     raise load.error
 
     def _wait(self) -> None:

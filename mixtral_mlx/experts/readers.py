@@ -119,19 +119,28 @@ class Readers:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
+        # Garbage is collected on any thread: on one of ours, which may hold the lock, the others are not waited for.
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
                 thread.join()
 
     def _work(self) -> None:
-        while taken := self._take():
-            load, part = taken
-            error = None
-            try:
-                _read(part)
-            except Exception as raised:  # Whatever it is, it belongs to who waits.
-                error = raised
-            self._read_one(load, part, error)
+        while self._read_next():
+            pass
+
+    def _read_next(self) -> bool:
+        """Read a part when there is one, and remember nothing of it after; False when closed."""
+        taken = self._take()
+        if taken is None:
+            return False
+        load, part = taken
+        error = None
+        try:
+            _read(part)
+        except Exception as raised:  # Whatever it is, it belongs to who waits.
+            error = raised
+        self._read_one(load, part, error)
+        return True
 
     def _take(self) -> tuple[Load, Piece] | None:
         with self._changed:

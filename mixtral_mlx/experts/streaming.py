@@ -59,6 +59,8 @@ class Streaming:
     def attach(self, model: Model) -> None:
         """Have the layers of `model`, whose experts' parameters are `arrays`, ask for what they need."""
         self.layers: list[StreamedExperts] = []
+        # By themselves, since an adapter may take a matrix's place among a layer's experts.
+        self.matrices: list[dict[str, Any]] = []
         for pool, layer in zip(self.pools, model.layers, strict=True):
             experts: Any = layer.block_sparse_moe.switch_mlp
             experts.__class__ = StreamedExperts
@@ -69,6 +71,7 @@ class Streaming:
                 matrix.pool = pool
             experts.stream = Stream(pool)
             self.layers.append(experts)
+            self.matrices.append({name: experts[name] for name in _PROJECTIONS})
         self._guess_ahead(model)
         # And so the model keeps this alive.
         self.layers[0].stream.begin = lambda: self.before_step()
@@ -103,13 +106,13 @@ class Streaming:
 
     def _resize(self, slots: Sequence[int]) -> bool:
         changed = False
-        for pool, experts, count in zip(self.pools, self.layers, slots, strict=True):
+        for pool, matrices, count in zip(self.pools, self.matrices, slots, strict=True):
             if count == pool.num_slots:
                 continue
             pool.resize(count)
             for name, array in pool.arrays.items():
                 projection, part = name.split(".")
-                experts[projection][part] = array
+                matrices[projection][part] = array
             changed = True
         return changed
 
