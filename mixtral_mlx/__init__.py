@@ -5,6 +5,7 @@
     budget     who gets how much of it, and how fast that should run
     borrowed   what we use of mlx-lm
     model      the mathematics
+    experts    experts that stay on the SSD until they are needed
     cpu        products and attention where there is no GPU
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls

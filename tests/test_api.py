@@ -21,9 +21,9 @@ LAYERS: dict[str, set[str]] = {
     "speeds": {"bench", "budget", "config", "memory"},
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
-    "weights": {"config", "cpu", "memory", "model"},
+    "weights": {"budget", "config", "cpu", "experts", "memory", "model"},
     "prompt": {"config"},
-    "generate": {"borrowed", "config", "model", "prompt"},
+    "generate": {"borrowed", "budget", "config", "model", "prompt"},
 }
 
 

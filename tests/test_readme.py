@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -24,6 +25,19 @@ def test_the_memory_table_is_what_plan_prints(capsys: pytest.CaptureFixture[str]
     assert "Computed, not measured" in expected
 
 
+def test_the_first_table_says_what_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (sizes,) = re.findall(r"plan --ram (\S+)", README)
+    assert cli.main(["plan", "--ram", sizes, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    for memory in dict.fromkeys(plan["memory"] for plan in plans):
+        cells = [memory.removesuffix(" Mac")]
+        for mode in ("resident", "streamed"):
+            found = [plan for plan in plans if plan["memory"] == memory and plan["mode"] == mode]
+            texts = [f"{p['model']} {p['recipe']}: {p['generation_tps']:.2g} tok/s" for p in found]
+            cells.append("<br>".join(texts) or "–")
+        assert f"\n| {' | '.join(cells)} |\n" in README
+
+
 def test_the_python_example_runs() -> None:
     (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
     answered = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -40,7 +54,10 @@ def test_the_pipe_example_gives_the_printed_output() -> None:
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
 def test_every_local_link_exists(link: str) -> None:
-    assert (ROOT / link).exists()
+    file, _, heading = link.partition("#")
+    text = (ROOT / file).read_text() if file else README
+    headings = [re.sub(r"[^\w-]", "", line.lower().replace(" ", "-")) for line in re.findall(r"^#+ (.+)$", text, re.M)]
+    assert not heading or heading in headings
 
 
 def test_every_make_target_it_names_exists() -> None:
