@@ -447,11 +447,11 @@ def _report(ready: Ready, chunks: list[Chunk]) -> dict[str, Any]:
             "prompt_tps": round(usage.prompt_tps, 2),
             "generation_tps": round(usage.generation_tps, 2),
         },
-        "memory": _memory(ready),
+        "memory": _memory(ready, usage),
     }
 
 
-def _memory(ready: Ready) -> dict[str, Any]:
+def _memory(ready: Ready, usage: Usage) -> dict[str, Any]:
     loaded = ready.loaded
     report = {
         "mode": loaded.plan.mode,
@@ -463,6 +463,7 @@ def _memory(ready: Ready) -> dict[str, Any]:
         # With every expert resident none is ever looked for: no hits, no misses, and each weight read once.
         return report | {"expert_hits": 0, "expert_misses": 0, "bytes_read": loaded.weights_bytes}
     done = asdict(loaded.streaming.statistics)
+    done["compute_s"] = usage.prompt_seconds + usage.generation_seconds - done["stall_s"]
     seconds = {name: round(value, 3) for name, value in done.items() if name.endswith("_s")}
     return report | {"expert_hits": done.pop("hits"), "expert_misses": done.pop("misses"), **done, **seconds}
 

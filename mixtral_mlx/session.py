@@ -273,8 +273,9 @@ class Session:
             return ""
         done = streaming.statistics
         return (
-            f" · experts {done.hits / max(done.hits + done.misses, 1):.0%} in time, "
-            f"{shown_bytes(done.bytes_read)} read in {done.io_s:.1f} s, waited {done.stall_s:.1f} s"
+            f" · experts {done.hits / max(done.hits + done.misses, 1):.0%} in memory when asked for, "
+            f"{shown_bytes(done.bytes_read)} read in {done.io_s:.1f} s, waited {done.stall_s:.1f} s, "
+            f"{done.ahead_used:,} of {done.ahead_reads:,} guesses right"
         )
 
     def _prompt(self) -> list[int]:

@@ -218,7 +218,9 @@ def load(
     if memory is not None or plan.mode == "streamed":
         mx.set_cache_limit(plan.cache_limit_bytes)
     tensors = [tensor for tensor in checkpoint.tensors if plan.mode == "resident" or not tensor.is_experts]
-    arrays = read_tensors(tensors, cast_to, on_progress=on_progress, cancelled=cancelled)
+    slots_bytes = plan.parts["experts"] if plan.mode == "streamed" else 0
+    reader = _Reader(sum(tensor.nbytes for tensor in tensors) + slots_bytes, on_progress, cancelled)
+    arrays = reader.read(tensors, cast_to)
     from .model import (
         Model,
         resident_experts,
@@ -228,7 +230,7 @@ def load(
     if plan.mode == "streamed":
         from .experts import Streaming
 
-        streaming = Streaming(stored_experts(checkpoint, cast_to), plan.slots)
+        streaming = Streaming(stored_experts(checkpoint, cast_to), plan.slots, on_slots=reader.note)
         experts = streaming.experts
         arrays += streaming.arrays()
     names = {name for name, _ in arrays}
@@ -586,6 +588,11 @@ class _Reader:
                 self.stopped.set()
                 raise
         return arrays
+
+    def note(self, nbytes: int) -> None:
+        """So many bytes more have been made ready."""
+        self.done += nbytes
+        self._report()
 
     def _read_cast(self, pool: ThreadPoolExecutor, fds: dict[Path, int], tensor: Tensor, array: mx.array) -> None:
         """A span at a time, so that no more than one is ever held twice."""

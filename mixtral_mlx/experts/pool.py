@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -159,8 +160,8 @@ class Pool:
             new = expert if num_slots == self.num_experts else len(moves)
             moves.append((old, new))
             self.slots[new], self.slot_of[expert] = expert, new
-        for tensor in self.tensors:
-            self.arrays[tensor.name] = array = _aligned(tensor, num_slots)
+        for tensor, array in zip(self.tensors, _stacks(self.tensors, num_slots), strict=True):
+            self.arrays[tensor.name] = array
             if before:
                 source, target = _bytes(before.pop(tensor.name)), _bytes(array)
                 for old, new in moves:
@@ -260,16 +261,26 @@ class Pool:
                 counts.hidden_bytes += load.bytes_read if load else self.expert_bytes
 
 
-def _aligned(tensor: StackedTensor, num_slots: int) -> mx.array:
-    """A stack of zeros in which slots lie in their pages as the tensor's experts lie in theirs, if they all can."""
-    size = num_slots * tensor.nbytes
-    whole = mx.zeros((size + _PAGE,), mx.uint8)
-    mx.eval(whole)
-    offset = tensor.places[0][1]
-    shift = 0 if offset % _ALIGNED else (offset - int(np.frombuffer(cast(Any, whole), np.uint8).ctypes.data)) % _PAGE
-    stack = whole[shift : shift + size].view(tensor.dtype).reshape(num_slots, *tensor.shape)
-    mx.eval(stack)
-    return stack
+def _stacks(tensors: Sequence[StackedTensor], num_slots: int) -> Iterator[mx.array]:
+    """Stacks of zeros in which slots lie in their pages as a tensor's experts lie in theirs, if they all can."""
+    streams = _streams()
+    sizes = [num_slots * tensor.nbytes for tensor in tensors]
+    # First touch of memory takes longer than anything else here, and so is shared between two cores.
+    whole = [mx.zeros((size + _PAGE,), mx.uint8, stream=streams[n % 2]) for n, size in enumerate(sizes)]
+    mx.async_eval(whole)
+    for tensor, size, memory in zip(tensors, sizes, whole, strict=True):
+        mx.eval(memory)
+        offset, address = tensor.places[0][1], np.frombuffer(cast(Any, memory), np.uint8).ctypes.data
+        shift = 0 if offset % _ALIGNED else (offset - address) % _PAGE
+        stack = memory[shift : shift + size].view(tensor.dtype).reshape(num_slots, *tensor.shape)
+        mx.eval(stack)
+        yield stack
+
+
+@cache
+def _streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
+    # Made once: MLX keeps a thread for every stream, for good.
+    return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
 
 
 def _bytes(array: mx.array) -> memoryview:

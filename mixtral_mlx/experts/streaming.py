@@ -29,10 +29,16 @@ class Streaming:
 
     `stored[layer]` are the tensors an expert of that layer is made of, named as in `switch_mlp`. Each layer guesses
     about `layers_ahead` more. Build the model with `experts`, load `arrays` into it, then `attach` it. Use from the
-    thread that runs the model. `before_step` is called as each step begins: only then slots may be given up."""
+    thread that runs the model. `before_step` is called as each step begins: only then slots may be given up. Making
+    slots takes seconds: `on_slots` is called with the bytes of each layer's."""
 
     def __init__(
-        self, stored: Sequence[Sequence[StackedTensor]], slots: Sequence[int], *, layers_ahead: int = LAYERS_AHEAD
+        self,
+        stored: Sequence[Sequence[StackedTensor]],
+        slots: Sequence[int],
+        *,
+        layers_ahead: int = LAYERS_AHEAD,
+        on_slots: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
         self.readers = Readers()
         # Threads know the readers only, so that they end when nobody has the model any more.
@@ -41,10 +47,10 @@ class Streaming:
         self.layers_ahead = layers_ahead
         self.before_step: Callable[[], object] = lambda: None
         self.wanted = tuple(slots)
-        self.pools = [
-            Pool(tensors, count, Usage(len(tensors[0].places)), self.readers, self._counts)
-            for tensors, count in zip(stored, slots, strict=True)
-        ]
+        self.pools: list[Pool] = []
+        for tensors, count in zip(stored, slots, strict=True):
+            self.pools.append(Pool(tensors, count, Usage(len(tensors[0].places)), self.readers, self._counts))
+            on_slots(sum(array.nbytes for array in self.pools[-1].arrays.values()))
 
     def experts(self, config: Config, layer: int) -> SwitchGLU:
         """A layer's experts as far as they are in slots, for `Model`."""
