@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -353,7 +354,7 @@ def test_floats_are_converted_as_mlx_converts_them(stored: str, target: str) -> 
         return
     bits = bit_patterns(stored)
     out = np.zeros(len(bits), STORED[target][1])
-    convert(memoryview(bits).cast("B"), memoryview(out).cast("B"))
+    convert(memoryview(bits.data).cast("B"), memoryview(out.data).cast("B"))
     expected = mx.array(bits).view(STORED[stored][0]).astype(STORED[target][0])
     theirs = np.array(expected.view(mx.uint32 if target == "F32" else mx.uint16))
     numbers = ~np.array(mx.isnan(expected))
@@ -385,7 +386,7 @@ def test_reads_give_the_files_bytes_at_every_offset_and_into_every_address(
     file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     if not direct:
-        monkeypatch.delattr(files_module.os, "O_DIRECT", raising=False)
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
     weights = WeightFile(file)
     memory = memoryview(bytearray(SIZE + 2 * SECTOR))
 
