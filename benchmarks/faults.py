@@ -25,12 +25,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 
 from mixtral_mlx.borrowed import KVCache
-from mixtral_mlx.experts import ExpertsError, Streaming, files
+from mixtral_mlx.experts import ExpertsError, Streaming
 from mixtral_mlx.model import Model
 from mixtral_mlx.weights import Loaded, load, locate
 
@@ -67,12 +68,9 @@ def _before(fault: Callable[[Read, int, list[memoryview], int], int], read: Read
 @contextmanager
 def in_place_of_reads(disk: Disk) -> Iterator[None]:
     """Every read of weights goes by `disk`."""
-    real = os.preadv
-    files.os.preadv = lambda fd, views, offset: disk.preadv(real, fd, list(views), offset)  # type: ignore[assignment]
-    try:
+    real: Read = os.preadv
+    with patch.object(os, "preadv", lambda fd, views, offset: disk.preadv(real, fd, list(views), offset)):
         yield
-    finally:
-        files.os.preadv = real
 
 
 def short(chance: random.Random) -> Any:
@@ -98,7 +96,8 @@ def failing(number: int) -> Any:
 
 def once(action: Callable[[], None]) -> Any:
     """Something that is done to the file before the first of these reads."""
-    lock, done = threading.Lock(), []
+    lock = threading.Lock()
+    done: list[bool] = []
 
     def fault(read: Read, fd: int, views: list[memoryview], offset: int) -> int:
         with lock:

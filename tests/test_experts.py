@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -109,21 +110,21 @@ def same(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> bool:
 def test_streamed_equals_resident_at_every_number_of_slots(folder: Path, layers_ahead: int) -> None:
     resident = load(folder).model
     prompts = [prompt(1), prompt(17), prompt(17, batch=4)]
-    expected = [answers(resident, ids) for ids in prompts]
+    expected = [answers(resident, ids, 3) for ids in prompts]
     for slots in (*range(1, 9), (1, 8, 3), (8, 2, 8)):
         with streamed(folder, slots, layers_ahead=layers_ahead) as loaded:
             for ids, logits in zip(prompts, expected, strict=True):
-                assert same(answers(loaded.model, ids), logits), (slots, ids.shape)
+                assert same(answers(loaded.model, ids, 3), logits), (slots, ids.shape)
 
 
-@pytest.mark.parametrize(("batch", "counts"), [(1, (1, 2, 5)), (4, (3,))])
+@pytest.mark.parametrize(("batch", "counts"), [(1, (1, 5)), (4, (3,))])
 @pytest.mark.usefixtures("way")
 def test_streamed_equals_resident_after_600_tokens(folder: Path, batch: int, counts: tuple[int, ...]) -> None:
     ids = prompt(600, batch)
-    expected = answers(load(folder).model, ids)
+    expected = answers(load(folder).model, ids, 2)
     for slots in counts:
         with streamed(folder, slots) as loaded:
-            assert same(answers(loaded.model, ids), expected), slots
+            assert same(answers(loaded.model, ids, 2), expected), slots
 
 
 def test_streamed_equals_resident_after_5000_tokens_in_chunks(folder: Path) -> None:
@@ -353,7 +354,7 @@ def test_floats_are_converted_as_mlx_converts_them(stored: str, target: str) -> 
         return
     bits = bit_patterns(stored)
     out = np.zeros(len(bits), STORED[target][1])
-    convert(memoryview(bits).cast("B"), memoryview(out).cast("B"))
+    convert(memoryview(bits.data).cast("B"), memoryview(out.data).cast("B"))
     expected = mx.array(bits).view(STORED[stored][0]).astype(STORED[target][0])
     theirs = np.array(expected.view(mx.uint32 if target == "F32" else mx.uint16))
     numbers = ~np.array(mx.isnan(expected))
@@ -385,7 +386,7 @@ def test_reads_give_the_files_bytes_at_every_offset_and_into_every_address(
     file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     if not direct:
-        monkeypatch.delattr(files_module.os, "O_DIRECT", raising=False)
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
     weights = WeightFile(file)
     memory = memoryview(bytearray(SIZE + 2 * SECTOR))
 

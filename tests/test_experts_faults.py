@@ -163,7 +163,7 @@ def test_a_disk_that_is_always_late_changes_nothing(
 
 
 def test_seeded_faults_of_all_kinds_give_no_wrong_token_and_leave_nothing_open(faults: Any) -> None:
-    assert len(list(faults.runs(locate(None), 20, seed=1))) == 20
+    assert len(list(faults.runs(locate(None), 12, seed=1))) == 12
 
 
 # What people see.
