@@ -45,13 +45,14 @@ class Statistics:
     """What streaming did so far, over all layers: experts, bytes, seconds.
 
     A use is an expert that a step asked for. `hits` were in memory then. Of the `bytes_read`, `hidden_bytes` had come
-    before they were asked for; `ahead_reads` were begun on a guess, and `ahead_used` of these came true. `stall_s` is
-    how long the model waited."""
+    before they were asked for; `ahead_reads` were begun on a guess, and `ahead_used` of these came true, which are
+    `ahead_used_bytes`. `stall_s` is how long the model waited."""
 
     hits: int = 0
     misses: int = 0
     ahead_reads: int = 0
     ahead_used: int = 0
+    ahead_used_bytes: int = 0
     hidden_bytes: int = 0
     bytes_read: int = 0
     io_s: float = 0.0
@@ -258,6 +259,7 @@ class Pool:
             if expert in self.guessed:
                 self.guessed.discard(expert)
                 counts.ahead_used += 1
+                counts.ahead_used_bytes += self.expert_bytes
                 counts.hidden_bytes += load.bytes_read if load else self.expert_bytes
 
 
