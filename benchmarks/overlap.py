@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from disk import forget, parallel_read_speed, read_at_random
+from disk import Reading, forget, parallel_read_speed
 
 from mixtral_mlx.bench.worker import NoText
 from mixtral_mlx.generate import Sampling, stream_generate
@@ -93,25 +92,10 @@ def streamed(loaded: Loaded, count: int, seed: int) -> tuple[float, float, float
 
 def side_by_side(loaded: Loaded, files: Sequence[Path], count: int, seed: int) -> tuple[float, float]:
     """Seconds a token of the resident model while the disk is read all the time, and how fast it is read then."""
-    done = threading.Event()
-    read = [0]
-
-    def work(number: int) -> None:
-        for size in read_at_random(files, random.Random(seed + number)):
-            read[0] += size
-            if done.is_set():
-                return
-
-    readers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for reader in readers:
-        reader.start()
-    begun, start = read[0], time.perf_counter()
-    compute_s = seconds_per_token(loaded, count, seed)
-    speed = (read[0] - begun) / (time.perf_counter() - start)
-    done.set()
-    for reader in readers:
-        reader.join()
-    return compute_s, speed
+    with Reading(files, seed) as reading:
+        begun, start = reading.nbytes, time.perf_counter()
+        compute_s = seconds_per_token(loaded, count, seed)
+        return compute_s, (reading.nbytes - begun) / (time.perf_counter() - start)
 
 
 def measure(folder: Path, slots: int, count: int, turns: int) -> list[Turn]:
