@@ -193,7 +193,7 @@ class Pool:
         return True
 
     def _victim(self, expert: int, keep: Sequence[int]) -> int | None:
-        self.draining = {slot: load for slot, load in self.draining.items() if not load.is_done}
+        self._drain()
         if self.num_slots == self.num_experts:
             return None if expert in self.draining else expert
         free = [slot for slot in range(self.num_slots) if slot not in self.draining]
@@ -228,6 +228,7 @@ class Pool:
 
     def _settle(self, *, quietly: bool = False) -> None:
         """Take note of loads that are done; raises what one that failed raised, if it was asked for."""
+        self._drain()
         for expert, load in list(self.loads.items()):
             if not load.is_done:
                 continue
@@ -237,6 +238,9 @@ class Pool:
                 self._forget(expert)
                 if not was_guess and not quietly:
                     raise load.error
+
+    def _drain(self) -> None:
+        self.draining = {slot: load for slot, load in self.draining.items() if not load.is_done}
 
     def _wait(self) -> None:
         start = time.perf_counter()
