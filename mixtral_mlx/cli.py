@@ -632,6 +632,7 @@ next to what this machine can do at all. With --vs another engine takes turns wi
 Rows that would take too long are shortened and say so. Ctrl-C ends with the rows there are."""
 _BENCH_EPILOG = """examples:
   mixtral-mlx bench --model ~/models/mixtral-q4 --vs mlx-lm --save today.json --output today.html
+  mixtral-mlx bench --model ~/models/mixtral-q4 --memory 12GB --rows decode,memory
   mixtral-mlx bench --compare yesterday.json today.json"""
 
 
@@ -673,6 +674,13 @@ def _bench_parser() -> _Parser:
         type=_one_of("auto", "bfloat16", "float16", "float32"),
         metavar="T",
         help="both sides compute in bfloat16, float16 or float32; auto is what each would choose (auto)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="most our side's whole process may use, as 12GB; experts that have no room are read from the SSD "
+        "(what this machine can spare)",
     )
     group = parser.add_argument_group("how much to measure")
     group.add_argument("--turns", type=_count(1), metavar="N", help="times each figure is measured (5)")
