@@ -156,7 +156,7 @@ def seconds_of(engine: Ours, row: Row) -> float:
     if row.kind == "prompt":
         return read_prompt(engine, row.tokens)
     steps = room(row, engine.model.args)
-    return in_the_shared_loop(engine, Decode(row.context, row.batch, steps, None)) / steps
+    return in_the_shared_loop(engine, Decode(row.context, row.batch, steps, None)).seconds / steps
 
 
 def read_prompt(engine: Ours, tokens: int) -> float:

@@ -6,8 +6,8 @@ and how things look on a screen, is left to session, terminal and markdown."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,32 @@ LONG_PROMPT = 512
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to open and how; a `name` of None is the built-in demo."""
+    """Which model to open and how; a `name` of None is the built-in demo, `wired` one of `memory.WIRINGS`."""
 
     name: str | None = None
     dtype: str = "auto"
     kv_bits: int | None = None
     context: int | None = None
     memory_bytes: int | None = None
+    wired: str = "off"
     offline: bool = False
     quiet: bool = False
+
+
+@contextmanager
+def wired(choice: ModelChoice) -> Iterator[None]:
+    """Keep the memory of whatever model is in use wired while entered, if `choice` asks for it: around all of its use.
+
+    Raises `MachineError`, before anything is loaded."""
+    if choice.wired == "off":
+        yield
+        return
+    with notice("Starting MLX …", quiet=choice.quiet):
+        from .memory import default_budget, machine, wire
+
+        budget = choice.memory_bytes or default_budget(machine(ask_metal=True))
+    with wire(choice.wired, budget):
+        yield
 
 
 def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .budget import parse_size
-from .chat import LONG_PROMPT, ModelChoice, open_model
+from .chat import LONG_PROMPT, ModelChoice, open_model, wired
 from .config import RECIPES, MixtralError
 from .prompt import Message
 from .session import SETTINGS, Ready, mlx_failures, parse_setting, peak_bytes
@@ -216,6 +216,14 @@ def _add_model(parser: _Parser, default: str) -> None:
         help="most the whole process may use, as 12GB; experts that have no room are read from the SSD when they are "
         "needed (what this machine can spare)",
     )
+    group.add_argument(
+        "--wired",
+        type=_one_of("off", "fit"),
+        default="off",
+        metavar="W",
+        help="fit keeps what fits into --memory from being compressed or swapped while other programs need memory, on "
+        "Metal only; off by default, as macOS has crashed where two programs set this limit (off)",
+    )
 
 
 def _add_settings(parser: _Parser, defaults: dict[str, str]) -> None:
@@ -275,6 +283,7 @@ def _model_choice(parsed: argparse.Namespace, name: str | None) -> ModelChoice:
         kv_bits=parsed.kv_bits,
         context=parsed.context,
         memory_bytes=parsed.memory,
+        wired=parsed.wired,
         offline=parsed.offline,
         quiet=parsed.quiet,
     )
@@ -305,7 +314,9 @@ def _chat(arguments: list[str]) -> int:
     from .chat import run
 
     name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
-    return run(_model_choice(parsed, name), system=parsed.system, settings=_settings(parsed), one=parsed.one)
+    choice = _model_choice(parsed, name)
+    with wired(choice):
+        return run(choice, system=parsed.system, settings=_settings(parsed), one=parsed.one)
 
 
 # generate
@@ -329,9 +340,10 @@ class _Request:
 
 def _generate(arguments: list[str]) -> int:
     request = _parse_generate(arguments)
-    ready = open_model(request.choice)
-    prompt = _prompt_ids(request, ready.tokenizer)
-    chunks = _complete(request, ready, prompt)
+    with wired(request.choice):
+        ready = open_model(request.choice)
+        prompt = _prompt_ids(request, ready.tokenizer)
+        chunks = _complete(request, ready, prompt)
     last = chunks[-1]
     if request.as_json:
         _print_json(_report(ready, chunks))
@@ -633,6 +645,7 @@ next to what this machine can do at all. With --vs another engine takes turns wi
 Rows that would take too long are shortened and say so. Ctrl-C ends with the rows there are."""
 _BENCH_EPILOG = """examples:
   mixtral-mlx bench --model ~/models/mixtral-q4 --vs mlx-lm --save today.json --output today.html
+  mixtral-mlx bench --model ~/models/mixtral-q4 --memory 12GB --rows decode,memory
   mixtral-mlx bench --compare yesterday.json today.json"""
 
 
@@ -674,6 +687,13 @@ def _bench_parser() -> _Parser:
         type=_one_of("auto", "bfloat16", "float16", "float32"),
         metavar="T",
         help="both sides compute in bfloat16, float16 or float32; auto is what each would choose (auto)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="most our side's whole process may use, as 12GB; experts that have no room are read from the SSD "
+        "(what this machine can spare)",
     )
     group = parser.add_argument_group("how much to measure")
     group.add_argument("--turns", type=_count(1), metavar="N", help="times each figure is measured (5)")

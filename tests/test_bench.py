@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,13 +20,14 @@ from mixtral_mlx.bench import commands, floor, limits, sides, table, worker
 from mixtral_mlx.bench.commands import Request
 from mixtral_mlx.bench.limits import Limits
 from mixtral_mlx.bench.page import html
-from mixtral_mlx.bench.process import BenchError, SideError, Worker
-from mixtral_mlx.bench.report import Measure, Report, entry, read, write_whole
+from mixtral_mlx.bench.process import BenchError, SideError, Streamed, Worker
+from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read, write_whole
 from mixtral_mlx.bench.rows import Row, all_rows, left_out, shortened
 from mixtral_mlx.bench.sides import Side
 from mixtral_mlx.bench.turns import Events, Measured, Outcome, Plan, Samples, run
+from mixtral_mlx.budget import BudgetError, fit
 from mixtral_mlx.config import Config
-from mixtral_mlx.weights import Checkpoint, locate
+from mixtral_mlx.weights import Checkpoint, footprint, locate
 
 from .checkpoints import TINY, write_tiny
 
@@ -245,6 +246,45 @@ def test_both_engines_answer_every_request(engine: Callable[[Path, str], worker.
     assert "command line" in worker.answer(side, {"op": "first", "prompt": "x"})["unsupported"]
 
 
+@pytest.fixture(scope="module")
+def streamed() -> Iterator[worker.Ours]:
+    """The demo model with an expert or two of each layer in memory."""
+    with pytest.raises(BudgetError) as refused:
+        fit(footprint(Checkpoint.open(DEMO), "float32", None), 1 << 20)
+    side = worker.Ours(DEMO, "float32", refused.value.need_bytes + (1 << 20))
+    assert side.streaming
+    yield side
+    side.streaming.close()
+
+
+@pytest.mark.parametrize(("context", "batch"), [(0, 1), (5, 1), (5, 2)])
+def test_a_streamed_side_says_what_the_steps_it_timed_took(streamed: worker.Ours, context: int, batch: int) -> None:
+    assert streamed.memory
+    assert streamed.memory["mode"] == "streamed"
+    assert max(streamed.plan.slots) < 8
+    said = worker.answer(streamed, {"op": "decode", "tokens": 3, "kv_bits": None, "context": context, "batch": batch})
+    took = said["streamed"]
+    assert 0 < took["stall_s"] < said["seconds"]
+    assert took["bytes_read"] > 0
+    # Two experts of each of the four layers in each of the three steps, and no other step's.
+    least, most = 3 * 4 * 2, 3 * 4 * 2 * batch
+    assert least <= took["hits"] + took["misses"] <= most
+
+
+def test_a_row_that_has_no_room_in_the_budget_says_so(streamed: worker.Ours) -> None:
+    decode = {"op": "decode", "tokens": 1, "kv_bits": None, "batch": 9999}
+    said = worker.answer(streamed, {**decode, "context": 900})
+    assert "its cache takes 36.9 GB, the budget has room for" in said["unsupported"]
+
+
+def test_a_budget_is_for_our_side_on_both_of_its_command_lines(tmp_path: Path) -> None:
+    with_budget, without = sides.ours(tmp_path, "auto", 450_000_000), sides.ours(tmp_path, "auto")
+    assert with_budget.first
+    assert without.first
+    assert with_budget.worker == (*without.worker, "450000000")
+    assert with_budget.first == (*without.first, "--memory", "429MiB")
+
+
 def test_a_side_that_dies_leaves_a_reason_and_is_started_again(log: Path) -> None:
     two = [scripted("a", log), scripted("b", log, "dies")]
     first, second, third = run_turns(two, [DECODE, PROMPT, DECODE], turns=1).measured
@@ -316,13 +356,23 @@ def test_the_share_of_the_floor_is_of_time_and_for_memory_of_bytes(demo: floor.W
     assert figures(cold, (1.0,), (1.0,), demo).figures["a"].floor_share is None
 
 
+def test_what_streaming_took_is_shared_among_the_tokens_of_all_turns() -> None:
+    turn = Streamed(hits=30, misses=10, ahead_reads=4, ahead_used=3, bytes_read=8e6, io_s=0.2, stall_s=0.1)
+    other = replace(turn, hits=10, misses=30, bytes_read=24e6)
+    expected = PerToken(hit_rate=0.5, bytes_read=3.2e6, io_s=0.04, stall_s=0.02, guesses_true=0.75)
+    assert per_token((turn, other), tokens=5) == expected
+    assert per_token((), tokens=5) is None
+    nothing = per_token((Streamed(0, 0, 0, 0, 0, 0, 0),), tokens=5)
+    assert nothing == PerToken(None, 0, 0, 0, None)
+
+
 _OTHER_KINDS = (("memory", "bytes", False), ("load", "s", False), ("load", "s", True))
 
 
 def bench_scripted(monkeypatch: pytest.MonkeyPatch, log: Path, *habits: str) -> None:
     """Let `bench` measure scripted sides: ours with the first habit, mlx-lm with the second."""
     monkeypatch.setattr(limits, "measure", lambda dtype: LIMITS)
-    monkeypatch.setattr(commands, "ours", lambda folder, dtype: scripted("mixtral-mlx", log, habits[0]))
+    monkeypatch.setattr(commands, "ours", lambda folder, dtype, memory: scripted("mixtral-mlx", log, habits[0]))
     monkeypatch.setitem(sides.OTHERS, "mlx-lm", lambda folder, dtype: scripted("mlx-lm", log, habits[-1]))
 
 
@@ -338,6 +388,57 @@ def test_the_table_says_what_was_shortened_and_left_out(monkeypatch: pytest.Monk
     assert "- decode, context 0 (mlx-lm): mlx-lm ended with exit code 1: out of something" in lines
     assert any("* shortened to fit the time: prompt of 512: 300 and 300 tokens" in s for s in lines)
     assert max(len(line) for line in lines if not line.startswith("- ")) < 130
+
+
+def test_under_a_budget_the_report_says_what_each_token_took(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    bench_scripted(monkeypatch, log, "streams", "")
+    page = tmp_path / "run.html"
+    line = f"bench --model demo --memory 400MB --vs mlx-lm --rows decode,memory --turns 2 --quiet --output {page}"
+    assert cli.main(line.split()) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "mixtral-mlx within 400.0 MB: streamed, 5.25 experts of each layer in memory" in lines
+    assert "decode, context 0 mixtral-mlx 75 % 2 MB 4.00 ms 1.00 ms 50 %" in lines
+    assert "- mlx-lm has no option for a budget: it runs as it is" in lines
+    assert "- peak memory: mixtral-mlx may use 400 MB" in lines
+    assert "<td>75 %</td><td>2 MB</td><td>4.00 ms</td>" in page.read_text()
+    assert _Page(page.read_text()).open == []
+
+
+def test_a_streamed_side_is_not_held_against_a_floor_of_weights_in_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, log: Path
+) -> None:
+    bench_scripted(monkeypatch, log, "streams", "")
+    line = "bench --model demo --memory 400MB --vs mlx-lm --rows load,decode,memory --turns 1 --quiet --json"
+    assert cli.main(line.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row["figures"] for row in found["rows"]}
+    for name in ("load, warm", "decode, context 0", "peak memory"):
+        assert rows[name]["mixtral-mlx"]["floor_share"] is None
+        assert rows[name]["mlx-lm"]["floor_share"] > 0
+    assert any(note.startswith("mixtral-mlx has no share of a floor") for note in found["notes"])
+    took = {"hit_rate": 0.75, "bytes_read": 2e6, "io_s": 0.004, "stall_s": 0.001, "guesses_true": 0.5}
+    assert rows["decode, context 0"]["mixtral-mlx"]["streamed"] == pytest.approx(took)
+    assert rows["decode, context 0"]["mlx-lm"]["streamed"] is None
+    memory = {"mode": "streamed", "budget_bytes": 400_000_000, "slots_per_layer": 5.25}
+    assert [side["memory"] for side in found["sides"]] == [memory, None]
+    assert found["settings"]["memory_bytes"] == 400_000_000
+
+
+def test_a_side_that_says_nonsense_of_its_streaming_is_no_figure(log: Path) -> None:
+    (measured,) = run_turns([scripted("a", log, "streams badly")], [DECODE], turns=1).measured
+    assert measured.samples["a"].reason == "a answered decode with streamed {'hits': 'many'}"
+
+
+def test_a_budget_that_cannot_be_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "measure", lambda *_, **__: pytest.fail("measured"))
+    assert cli.main(["bench", "--model", "demo", "--memory", "100MB"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error[over_budget]: This model needs at least ")
+    assert out == ""
 
 
 @pytest.mark.parametrize(
@@ -421,6 +522,20 @@ def test_two_runs_are_compared_row_by_row(
     assert printed["differences"] == [{"what": "machine, cores", "first": str(report.machine.cores), "second": "99"}]
     assert cli.main(["bench", "--compare", both[0], both[0]]) == 0
     assert "Machine, model and settings are the same." in capsys.readouterr().out
+
+
+def test_reports_from_before_there_were_budgets_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, log: Path, tmp_path: Path
+) -> None:
+    report = saved(monkeypatch, log, tmp_path / "run.json", turns=1)
+    old = report.to_dict()
+    del old["settings"]["memory_bytes"]
+    for side in old["sides"]:
+        del side["memory"]
+    for figure in (figure for row in old["rows"] for figure in row["figures"].values()):
+        del figure["streamed"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read(tmp_path / "old.json") == report
 
 
 def test_what_is_no_saved_report_is_refused_by_name(
@@ -522,12 +637,13 @@ REFUSED = [
     ("--model demo --rows prompt,speed", "bad_option", "--rows holds 'speed', expected some of load"),
     ("--model demo --turns 0", "bad_option", "--turns is '0'"),
     ("--model demo --seconds 0.5", "bad_option", "--seconds is '0.5'"),
-    ("--model demo --memory 12GB", "not_available", "--memory"),
+    ("--model demo --memory lots", "bad_option", "--memory is 'lots', expected a number and a unit, as 12GB"),
     ("--model demo --row prompt", "unknown_option", "Did you mean --rows?"),
     ("demo", "unexpected_argument", "'demo'"),
     ("--compare a.json", "bad_option", "--compare expected 2 arguments"),
     ("--compare a.json b.json --turns 5", "bad_option", "not with --turns"),
     ("--compare a.json b.json --vs mlx-lm", "bad_option", "not with --vs"),
+    ("--compare a.json b.json --memory 12GB", "bad_option", "not with --memory"),
 ]
 
 

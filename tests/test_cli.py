@@ -9,12 +9,15 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
-from mixtral_mlx import __version__, cli
+from mixtral_mlx import __version__, cli, generate, memory, weights
 
 from .checkpoints import TINY, write_tiny
 
@@ -41,6 +44,7 @@ def error_code(stderr: str) -> str:
 
 COMMON = [
     ("--memory lots", "bad_option", "--memory is 'lots', expected a number and a unit, as 12GB"),
+    ("--wired all", "bad_option", "--wired is 'all', expected one of off, fit"),
     ("--modle x", "unknown_option", "Did you mean --model?"),
     ("--temp 1", "unknown_option", "Did you mean --temperature?"),
     ("--top 1", "unknown_option", "--top"),
@@ -197,6 +201,45 @@ def test_a_budget_too_small_even_to_stream_is_refused_with_what_is_needed(capsys
     err = capsys.readouterr().err
     assert error_code(err) == "over_budget"
     assert "the budget is 100.0 MB" in err
+
+
+COMMANDS = ["generate --model demo --prompt x --max-tokens 1 --quiet", "chat --quiet"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_memory_that_cannot_be_wired_is_refused_before_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert cli.main([*line.split(), "--wired", "fit"]) == 1
+    assert error_code(capsys.readouterr().err) == "not_available"
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_memory_is_wired_for_as_long_as_a_model_is_used_and_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    events: list[object] = []
+
+    @contextmanager
+    def wire(*asked: object) -> Iterator[int]:
+        events.append(asked)
+        yield 0
+        events.append("unwired")
+
+    steps = generate.stream_generate
+
+    def stream_generate(*how: Any, **more: Any) -> Iterator[generate.Chunk]:
+        events.append("used")
+        return steps(*how, **more)
+
+    monkeypatch.setattr(memory, "wire", wire)
+    monkeypatch.setattr(generate, "stream_generate", stream_generate)
+    for more in ([], ["--wired", "off"], ["--wired", "fit", "--memory", "1GB"]):
+        with_stdin(monkeypatch, b"Hello\n")
+        assert cli.main([*line.split(), *more]) == 0
+    assert events == ["used", "used", ("fit", 10**9), "used", "unwired"]
 
 
 def test_prompts_from_text_ids_and_stdin_agree(

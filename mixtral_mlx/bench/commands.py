@@ -14,10 +14,11 @@ from statistics import median
 from typing import Any
 
 from .. import __version__
+from ..budget import fit
 from ..config import Quantization
 from ..memory import activation_dtype, ram_bytes
 from ..terminal import Bar
-from ..weights import Checkpoint, locate
+from ..weights import Checkpoint, dtypes_for, footprint, locate
 from . import compare as comparisons
 from . import floor, limits, rows, table, turns
 from .page import html
@@ -33,6 +34,7 @@ from .report import (
     entry,
     in_unit,
     left_out,
+    memory_notes,
     notes_of,
     write_whole,
 )
@@ -43,7 +45,9 @@ _WITH_ROOM = 1.3
 
 @dataclass(frozen=True)
 class Request:
-    """What `bench` was asked; a `model` of None is the demo, `against` one of `sides.OTHERS`."""
+    """What `bench` was asked; a `model` of None is the demo, `against` one of `sides.OTHERS`.
+
+    `memory` is what our side may use, in bytes; None is what this machine can spare."""
 
     model: str | None
     against: str | None = None
@@ -54,6 +58,7 @@ class Request:
     offline: bool = False
     save: Path | None = None
     output: Path | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,12 @@ def bench(request: Request, *, quiet: bool) -> Answer:
         check_writable(path)
     folder = locate(request.model, offline=request.offline)
     checkpoint = Checkpoint.open(folder)
-    makers = [ours, *([OTHERS[request.against]] if request.against else [])]
-    report = measure(request, checkpoint, [make(folder, request.dtype) for make in makers], quiet=quiet)
+    if request.memory is not None:  # Refused now rather than by a worker, after the limits were measured.
+        fit(footprint(checkpoint, *dtypes_for(request.dtype, checkpoint)), request.memory)
+    sides = [ours(folder, request.dtype, request.memory)]
+    if request.against:
+        sides.append(OTHERS[request.against](folder, request.dtype))
+    report = measure(request, checkpoint, sides, quiet=quiet)
     if request.save:
         write_whole(request.save, as_json(report))
     if request.output:
@@ -102,8 +111,11 @@ def measure(request: Request, checkpoint: Checkpoint, sides: Sequence[Side], *, 
         possible = [row for row, reason in wanted.items() if not reason]
         outcome = turns.run(sides, possible, plan, turns.Events(screen.progress, screen.row))
     dtypes = {name: ready.dtype for name, ready in outcome.ready.items()}
+    streaming = {name for name, ready in outcome.ready.items() if ready.streams}
     names = [side.name for side in sides]
-    shown = _entries(wanted, outcome, Measure(weighed, reached, dtypes), names)
+    shown = _entries(wanted, outcome, Measure(weighed, reached, dtypes, streaming), names)
+    settings = Settings(request.dtype, request.turns, request.seconds, request.groups, request.memory)
+    infos = tuple(_side_info(side, outcome.ready.get(side.name)) for side in sides)
     side_notes = tuple(f"{side.name}: {side.note}" for side in sides if side.note and "first" in request.groups)
     return Report(
         version=__version__,
@@ -111,10 +123,10 @@ def measure(request: Request, checkpoint: Checkpoint, sides: Sequence[Side], *, 
         machine=limits.this_machine(),
         limits=reached,
         model=_model_info(checkpoint, is_demo=request.model is None),
-        settings=Settings(request.dtype, request.turns, request.seconds, request.groups),
-        sides=tuple(_side_info(side, outcome.ready.get(side.name)) for side in sides),
+        settings=settings,
+        sides=infos,
         rows=shown,
-        notes=notes_of(shown, names, reached) + side_notes,
+        notes=(*notes_of(shown, names, reached), *memory_notes(infos, settings), *side_notes),
         interrupted=outcome.interrupted,
     )
 
@@ -149,7 +161,7 @@ def _bits(quantization: Quantization | None) -> str:
 
 
 def _side_info(side: Side, ready: Ready | None) -> SideInfo:
-    return SideInfo(side.name, ready.version if ready else "", ready.dtype if ready else "")
+    return SideInfo(side.name, ready.version, ready.dtype, ready.memory) if ready else SideInfo(side.name, "", "")
 
 
 class _Screen:

@@ -6,7 +6,7 @@ from html import escape
 
 from .report import Entry, Report
 from .roofline import svg
-from .table import all_notes, amount, heading, number, share, shown_ratio, spread
+from .table import all_notes, amount, heading, number, share, shown_ratio, spread, streamed_cells
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --dim: #6b6b70; --line: #dcdce0; --page: #fff;
@@ -41,7 +41,7 @@ def html(report: Report) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f'<h1>{escape(title)}</h1>{facts}<div class="wide">{_table(report)}</div>{_picture(report)}'
+        f'<h1>{escape(title)}</h1>{facts}<div class="wide">{_table(report)}{_streamed(report)}</div>{_picture(report)}'
         f"<ul>{notes}</ul></body></html>\n"
     )
 
@@ -63,6 +63,15 @@ def _table(report: Report) -> str:
     last = "<th>ratio</th>" if len(names) == 2 else ""
     rows = "".join(_row(row, names) for row in report.rows)
     return f"<table><tr><th></th>{sides}<th>read/token</th>{last}</tr>{rows}</table>"
+
+
+def _streamed(report: Report) -> str:
+    if not (cells := streamed_cells(report)):
+        return ""
+    head, *rows = cells
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _row(row: Entry, names: list[str]) -> str:

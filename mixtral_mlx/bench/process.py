@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, BinaryIO
 
 from ..config import MixtralError
@@ -31,6 +31,15 @@ class SideError(BenchError):
 
 
 @dataclass(frozen=True)
+class Memory:
+    """How a side keeps to its budget: with all experts "resident", or "streamed" through slots in each layer."""
+
+    mode: str
+    budget_bytes: int
+    slots_per_layer: float
+
+
+@dataclass(frozen=True)
 class Ready:
     """What a worker says of itself when its model is loaded."""
 
@@ -38,6 +47,25 @@ class Ready:
     version: str
     dtype: str
     load_s: float
+    memory: Memory | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether experts are read while it runs."""
+        return self.memory is not None and self.memory.mode == "streamed"
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What streaming experts took while tokens were made, counted as in `experts.Statistics`."""
+
+    hits: float
+    misses: float
+    ahead_reads: float
+    ahead_used: float
+    bytes_read: float
+    io_s: float
+    stall_s: float
 
 
 class Worker:
@@ -73,10 +101,25 @@ class Worker:
 
     def number(self, name: str, op: str, **request: Any) -> float:
         """One number of the answer to a request."""
-        value = self.ask(op, **request).get(name)
+        return self._number(name, op, self.ask(op, **request))
+
+    def decode(self, **request: Any) -> tuple[float, Streamed | None]:
+        """Seconds for the steps of a request to make tokens, and what streaming took in them, if it said so."""
+        answered = self.ask("decode", **request)
+        return self._number("seconds", "decode", answered), self._streamed(answered.get("streamed"))
+
+    def _number(self, name: str, op: str, answered: dict[str, Any]) -> float:
+        value = answered.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise SideError(f"{self.name} answered {op} with {name} {value!r}", code="bad_answer")
         return float(value)
+
+    def _streamed(self, said: Any) -> Streamed | None:
+        try:
+            return said and Streamed(**{field.name: float(said[field.name]) for field in fields(Streamed)})
+        except (KeyError, TypeError, ValueError):
+            message = f"{self.name} answered decode with streamed {str(said)[:80]}"
+            raise SideError(message, code="bad_answer") from None
 
     def close(self) -> None:
         """End the process, in order if it will."""
@@ -101,7 +144,8 @@ class Worker:
             message, hint = _one_line(error.get("message", "")), str(error.get("hint", ""))
             raise SideError(message, code=str(error.get("code", "cannot_load")), hint=hint, at_start=True)
         try:
-            return Ready(str(said["engine"]), str(said["version"]), str(said["dtype"]), float(said["load_s"]))
+            words = str(said["engine"]), str(said["version"]), str(said["dtype"])
+            return Ready(*words, float(said["load_s"]), _memory(said.get("memory")))
         except (KeyError, TypeError, ValueError):
             raise SideError(f"{self.name} began with {str(said)[:80]}", code="bad_answer", at_start=True) from None
 
@@ -115,6 +159,10 @@ class Worker:
         status = self._process.wait()
         how = f"was ended by signal {-status}" if status < 0 else f"ended with exit code {status}"
         raise SideError(f"{self.name} {how}{last_words(self._errors)}", code="side_died", at_start=at_start)
+
+
+def _memory(said: Any) -> Memory | None:
+    return said and Memory(str(said["mode"]), int(said["budget_bytes"]), float(said["slots_per_layer"]))
 
 
 def _started(name: str, command: Sequence[str], errors: BinaryIO) -> subprocess.Popen[bytes]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from ..config import parse_json, shown
 from . import floor
 from .limits import Limits, Machine
-from .process import BenchError
+from .process import BenchError, Memory, Streamed
 from .rows import MEMORY_STEPS, Row
 from .turns import Measured, Samples
 
@@ -22,10 +22,23 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class PerToken:
+    """What a decoded token of a streamed model took: the share of its experts that were in memory, bytes and seconds of
+    reading, seconds of waiting; and the share of the experts read on a guess that were then wanted."""
+
+    hit_rate: float | None
+    bytes_read: float
+    io_s: float
+    stall_s: float
+    guesses_true: float | None
+
+
+@dataclass(frozen=True)
 class Figure:
     """A side's figure of a row, in the row's unit. `tokens` were run, `shortened` says so if they are fewer than asked.
 
-    `floor_share` is how much of the time (of peak memory: of the bytes) the floor makes up: 1 is as good as it gets."""
+    `floor_share` is how much of the time (of peak memory: of the bytes) the floor makes up: 1 is as good as it gets. A
+    side that streams has none: the floor is that of weights in memory. `streamed` is its alone."""
 
     values: tuple[float, ...]
     median: float | None
@@ -38,6 +51,7 @@ class Figure:
     operations_per_byte: float | None
     operations_per_s: float | None
     reason: str
+    streamed: PerToken | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +86,23 @@ class SideInfo:
     name: str
     version: str
     dtype: str
+    memory: Memory | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether experts were read while it ran."""
+        return self.memory is not None and self.memory.mode == "streamed"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How it was measured."""
+    """How it was measured; `memory_bytes` is what the first side was allowed, None what it takes by itself."""
 
     dtype: str
     turns: int
     seconds: int
     rows: tuple[str, ...]
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +127,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Measure:
-    """What turns seconds into figures: the model's weights, the machine's limits, the dtype of each side."""
+    """What turns seconds into figures: the weights, the machine's limits, each side's dtype, and which sides stream."""
 
     model: floor.Weighed
     limits: Limits
     dtypes: Mapping[str, str]
+    streaming: Collection[str] = ()
 
 
 def entry(measured: Measured, measure: Measure) -> Entry:
@@ -147,11 +169,28 @@ def figure(row: Row, samples: Samples, measure: Measure, side: str) -> Figure:
         highest=max(values, default=None),
         tokens=samples.tokens,
         shortened=samples.tokens if values and 0 < samples.tokens < row.tokens else None,
-        floor_share=_share(row, median, samples.tokens, work, measure),
+        floor_share=None if side in measure.streaming else _share(row, median, samples.tokens, work, measure),
         bytes_per_token=work.nbytes / produced if work else None,
         operations_per_byte=work.operations / work.nbytes if work else None,
         operations_per_s=work.operations * _repeats(row, samples.tokens) / seconds if work and seconds else None,
         reason=samples.reason,
+        streamed=per_token(samples.streamed, samples.tokens * row.batch),
+    )
+
+
+def per_token(turns: Sequence[Streamed], tokens: int) -> PerToken | None:
+    """What streaming took for each of the tokens made in each of `turns`."""
+    if not turns:
+        return None
+    total = {field.name: sum(getattr(turn, field.name) for turn in turns) for field in fields(Streamed)}
+    made, uses = len(turns) * tokens, total["hits"] + total["misses"]
+    return PerToken(
+        hit_rate=total["hits"] / uses if uses else None,
+        bytes_read=total["bytes_read"] / made,
+        io_s=total["io_s"] / made,
+        stall_s=total["stall_s"] / made,
+        # What was guessed before the first step may come true in it.
+        guesses_true=min(total["ahead_used"] / total["ahead_reads"], 1.0) if total["ahead_reads"] else None,
     )
 
 
@@ -208,6 +247,21 @@ def notes_of(report_rows: tuple[Entry, ...], sides: list[str], limits: Limits) -
             "the weights"
         )
     return tuple(notes)
+
+
+def memory_notes(sides: Sequence[SideInfo], settings: Settings) -> Iterator[str]:
+    """What a reader has to know of budgets and of models that are streamed."""
+    for side in sides:
+        if side.streams:
+            yield (
+                f"{side.name} has no share of a floor: that is of weights in memory, and it reads some from the SSD; "
+                "read/token is what a token needs, wherever it comes from"
+            )
+    if settings.memory_bytes is not None:
+        first, *others = sides
+        if "memory" in settings.rows:
+            yield f"peak memory: {first.name} may use {settings.memory_bytes / 1e6:,.0f} MB"
+        yield from (f"{side.name} has no option for a budget: it runs as it is" for side in others)
 
 
 def check_writable(path: Path) -> None:
@@ -273,7 +327,9 @@ def _built(kind: Any, value: Any) -> Any:
 
 def _built_fields(kind: Any, value: Any) -> Any:
     names = {field.name for field in fields(kind)}
-    if not isinstance(value, dict) or value.keys() != names:
+    # Fields that came later have defaults, so that reports from before can be read.
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if not isinstance(value, dict) or not required <= value.keys() <= names:
         raise ValueError(f"its {kind.__name__} lacks fields or has others")
     hints = get_type_hints(kind)
-    return kind(**{name: _built(hints[name], value[name]) for name in names})
+    return kind(**{name: _built(hints[name], value[name]) for name in value})

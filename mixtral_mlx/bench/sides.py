@@ -26,11 +26,15 @@ class Side:
     header: str = ""
 
 
-def ours(folder: Path, dtype: str) -> Side:
-    """This package."""
+def ours(folder: Path, dtype: str, memory: int | None = None) -> Side:
+    """This package, within `memory` bytes."""
     command = ("generate", "--model", str(folder), "--dtype", dtype, "--prompt", FIRST_PROMPT, "--max-tokens", "1")
     first = (sys.executable, "-m", "mixtral_mlx", *command, "--quiet")
-    return Side("mixtral-mlx", _mlx_worker("mixtral-mlx", folder, dtype), first)
+    worker = _mlx_worker("mixtral-mlx", folder, dtype)
+    if memory is None:
+        return Side("mixtral-mlx", worker, first)
+    # A budget is counted in whole MiB.
+    return Side("mixtral-mlx", (*worker, str(memory)), (*first, "--memory", f"{memory >> 20}MiB"))
 
 
 def mlx_lm(folder: Path, dtype: str) -> Side:

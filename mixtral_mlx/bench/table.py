@@ -10,7 +10,10 @@ from .report import Entry, Figure, Report
 
 def text(report: Report) -> str:
     """The table people read: what was measured, the rows, the notes."""
-    blocks = [[*heading(report), ""], aligned(_cells(report)), ["", *(f"- {note}" for note in all_notes(report))]]
+    blocks = [[*heading(report), ""], aligned(_cells(report))]
+    if streamed := streamed_cells(report):
+        blocks.append(["", *aligned(streamed)])
+    blocks.append(["", *(f"- {note}" for note in all_notes(report))])
     if report.interrupted:
         blocks.append(["", "Interrupted: these are the rows there were time for."])
     return "\n".join(line for block in blocks for line in block)
@@ -23,11 +26,41 @@ def heading(report: Report) -> list[str]:
     return [
         f"{sides}: {_turns(settings.turns)}" + (", interleaved" if len(report.sides) > 1 else ""),
         f"{model.name}: {model.layers} layers, {model.quantization}, {shown_bytes(model.nbytes)}",
+        *_budgets(report),
         f"{machine.system}, {machine.processor or 'unknown processor'}, {machine.cores} cores, "
         f"{shown_bytes(machine.ram_bytes)}, MLX {machine.mlx} on the {limits.device.upper()}",
         f"limits: {limits.bytes_per_s / 1e9:.1f} GB/s, {limits.operations_per_s / 1e9:,.0f} G operations/s in "
         f"{limits.dtype}",
     ]
+
+
+def _budgets(report: Report) -> Iterator[str]:
+    """What each side makes of its budget, where one was asked for or the model had no room."""
+    for side in report.sides:
+        if side.memory and (side.streams or report.settings.memory_bytes is not None):
+            memory = side.memory
+            slots = f"{memory.slots_per_layer:g} experts of each layer in memory"
+            yield f"{side.name} within {shown_bytes(memory.budget_bytes)}: {memory.mode}, {slots}"
+
+
+def streamed_cells(report: Report) -> list[list[str]]:
+    """What decoded tokens of a streamed model took, as a table with a head; empty where none was."""
+    head = ["each decoded token", "", "experts in memory", "read from SSD", "reading", "waiting", "guesses come true"]
+    rows = [
+        [
+            row.name,
+            name,
+            percent(took.hit_rate),
+            amount(took.bytes_read),
+            f"{number(1000 * took.io_s, 'ms')} ms",
+            f"{number(1000 * took.stall_s, 'ms')} ms",
+            percent(took.guesses_true),
+        ]
+        for row in report.rows
+        for name, figure in row.figures.items()
+        if (took := figure.streamed)
+    ]
+    return [head, *rows] if rows else []
 
 
 def _turns(count: int) -> str:
@@ -79,10 +112,14 @@ def spread(figure: Figure) -> str:
 
 def share(figure: Figure) -> str:
     """How much of its floor a figure reaches, in per cent."""
-    if figure.floor_share is None:
-        return ""
-    percent = 100 * figure.floor_share
-    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
+    return "" if figure.floor_share is None else percent(figure.floor_share)
+
+
+def percent(value: float | None) -> str:
+    """A share in two digits or more, `–` where there is none."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
 
 
 def shown_ratio(row: Entry) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import Config
-from .process import Ready, SideError, Worker, first_token_s
+from .process import Ready, SideError, Streamed, Worker, first_token_s
 from .rows import LEAST_PROMPT, MEMORY_STEPS, Row, room, shortened
 from .sides import FIRST_PROMPT, Side
 
@@ -31,11 +31,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a side gave for a row: a number a turn, in seconds or bytes, for `tokens` tokens, or why it gave none."""
+    """What a side gave for a row: a number a turn, in seconds or bytes, for `tokens` tokens, or why it gave none.
+
+    `streamed` is what streaming took in each turn, where the side streams and tokens were made."""
 
     values: tuple[float, ...] = ()
     tokens: int = 0
     reason: str = ""
+    streamed: tuple[Streamed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class _Collected:
     tokens: int = 0
     values: list[float] = field(default_factory=list)
     reason: str = ""
+    streamed: list[Streamed] = field(default_factory=list)
+
+    def samples(self) -> Samples:
+        return Samples(tuple(self.values), self.tokens, self.reason, tuple(self.streamed))
 
 
 class _Turns:
@@ -120,7 +127,7 @@ class _Turns:
 
     def unfinished(self) -> list[Measured]:
         """The row under way, if it has anything yet."""
-        samples = {name: Samples(tuple(got.values), got.tokens, got.reason) for name, got in self._collected.items()}
+        samples = {name: got.samples() for name, got in self._collected.items()}
         has_any = any(got.values or got.reason for got in samples.values())
         return [Measured(self._row, samples)] if self._row and has_any else []
 
@@ -129,7 +136,7 @@ class _Turns:
             return
         try:
             got.tokens = got.tokens or self._affordable(row, side)
-            got.values.append(self._sample(row, side, got.tokens))
+            got.values.append(self._sample(row, side, got))
         except SideError as failure:
             self._pool.drop_dead(side, failure)
             if failure.at_start and side is self.sides[0]:
@@ -143,7 +150,7 @@ class _Turns:
         """The tokens of `row` that this side can do in the seconds it has, by the speed seen last."""
         tokens = room(row, self.plan.config)
         if row.kind == "decode":
-            each = self._decode_s(row, side, 1)
+            each, _ = self._decode(row, side, 1)
         elif row.kind in ("prompt", "memory"):
             each = self._prompt_s.get(side.name) or self._first_prompt_s(side)
         else:
@@ -155,20 +162,22 @@ class _Turns:
         self._prompt_s[side.name] = seconds
         return seconds
 
-    def _sample(self, row: Row, side: Side, tokens: int) -> float:
+    def _sample(self, row: Row, side: Side, got: _Collected) -> float:
         if row.kind == "load":
             return self._load_s(row, side)
         if row.kind == "first":
             return _first_s(side)
         if row.kind == "memory":
-            return self._peak_bytes(side, tokens)
+            return self._peak_bytes(side, got.tokens)
         if row.kind == "prompt":
-            return self._pool.worker(side).number("seconds", "prompt", tokens=tokens)
-        return self._decode_s(row, side, tokens)
+            return self._pool.worker(side).number("seconds", "prompt", tokens=got.tokens)
+        seconds, streamed = self._decode(row, side, got.tokens)
+        got.streamed += [streamed] if streamed else []
+        return seconds
 
-    def _decode_s(self, row: Row, side: Side, steps: int) -> float:
+    def _decode(self, row: Row, side: Side, steps: int) -> tuple[float, Streamed | None]:
         shape = {"context": row.context, "batch": row.batch, "kv_bits": row.kv_bits}
-        return self._pool.worker(side).number("seconds", "decode", tokens=steps, **shape)
+        return self._pool.worker(side).decode(tokens=steps, **shape)
 
     def _load_s(self, row: Row, side: Side) -> float:
         if row.cold:

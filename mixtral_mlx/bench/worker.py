@@ -1,4 +1,4 @@
-"""One side of a benchmark in a process of its own: `python -m mixtral_mlx.bench.worker ENGINE FOLDER DTYPE`.
+"""One side of a benchmark in a process of its own: `python -m mixtral_mlx.bench.worker ENGINE FOLDER DTYPE [BYTES]`.
 
 The protocol, which a worker for any other engine speaks too, is lines of JSON: requests on stdin, answers on stdout,
 one answer to each, in order. The process ends with its stdin. Nothing else may reach stdout; what the engine prints
@@ -6,8 +6,9 @@ belongs on stderr. First, unasked, when the model is loaded:
 
     {"ready": true, "engine": "mlx-lm", "version": "0.32.2", "dtype": "float32", "load_s": 1.2}
 
-`dtype` is what is computed in, `load_s` the time from weights on disk to weights in memory without imports. If it
-cannot load:
+`dtype` is what is computed in, `load_s` the time from weights on disk to weights in memory without imports. A side that
+keeps to a budget (ours is given it as BYTES) may add `"memory": {"mode": "resident" | "streamed", "budget_bytes": …,
+"slots_per_layer": …}`. If it cannot load:
 
     {"error": {"code": "unsupported_dtype", "message": "what was found and expected", "hint": "what to do"}}
 
@@ -18,7 +19,9 @@ and the process ends. Requests:
     {"op": "decode", "context": C, "batch": B, "tokens": N, "kv_bits": null | 8 | 4}
         Make N tokens for each of B sequences that hold C tokens each, greedily, each step fed with the one before,
         after one step that is not timed → {"seconds": …} for the N steps. What the C tokens are is not said: a cache
-        filled with seeded values will do. `kv_bits` is how the cache is quantized; null leaves it as it comes.
+        filled with seeded values will do. `kv_bits` is how the cache is quantized; null leaves it as it comes. A side
+        that streams experts may add what the N steps took of that: {"seconds": …, "streamed": {"hits": …, "misses": …,
+        "ahead_reads": …, "ahead_used": …, "bytes_read": …, "io_s": …, "stall_s": …}}, as `experts.Statistics` counts.
     {"op": "memory"}
         → {"peak_bytes": …}, the most memory the process has used so far.
     {"op": "first", "prompt": TEXT}
@@ -36,40 +39,54 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import mlx.core as mx
 
 from .. import cpu
 from ..config import MixtralError
-from ..session import peak_bytes
+from ..session import peak_bytes, shown_bytes
+from .floor import kv_bytes
+
+if TYPE_CHECKING:
+    from ..experts import Streaming
 
 _SEED = 20240108
 _PRIMED = 1
 
 
 class Engine(Protocol):
-    """A loaded model with its own way of reading a prompt and making tokens one at a time."""
+    """A loaded model with its own way of reading a prompt and making tokens one at a time.
+
+    `memory` is what it says of its budget, if it has one. `streaming` is there if experts are read as they are needed.
+    """
 
     name: str
     version: str
     dtype: str
     load_s: float
     model: Any
+    memory: dict[str, Any] | None
+    streaming: Streaming | None
+
+    def check_room(self, request: Decode) -> None:
+        """Raise ValueError if the cache that `request` fills has no place in the budget."""
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
         """Continue `prompt` by `count` tokens, greedily; each comes when it is known."""
 
 
 class Ours:
-    """This package, as `generate` runs it, without text."""
+    """This package, as `generate` runs it, without text; `memory` is what the process may use, in bytes."""
 
     name = "mixtral-mlx"
+    memory: dict[str, Any] | None
+    streaming: Streaming | None
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, memory: int | None = None) -> None:
         from .. import __version__
         from ..weights import load
 
@@ -77,15 +94,27 @@ class Ours:
         import_module("mixtral_mlx.model")
         if cpu.is_available():
             import_module("mixtral_mlx.cpu.modules")
-        loaded = load(folder, dtype=dtype)
+        loaded = load(folder, dtype=dtype, memory=memory)
         self.version = __version__
         self.dtype, self.load_s, self.model = loaded.dtype, loaded.seconds, loaded.model
+        self.plan, self.streaming, self.has_budget = loaded.plan, loaded.streaming, memory is not None
+        self.memory = {name: getattr(self.plan, name) for name in ("mode", "budget_bytes", "slots_per_layer")}
+
+    def check_room(self, request: Decode) -> None:
+        plan = self.plan
+        room = plan.budget_bytes - plan.needed_bytes + plan.parts["kv cache"]
+        tokens = request.batch * (request.context + request.tokens + _PRIMED)
+        need = int(tokens * kv_bytes(self.model.args, request.kv_bits, self.dtype))
+        if self.has_budget and need > room:
+            raise ValueError(f"its cache takes {shown_bytes(need)}, the budget has room for {shown_bytes(room)}")
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
-        from ..generate import Sampling, stream_generate
+        from ..generate import Conversation, Sampling, stream_generate
 
         without_text: Any = NoText()
-        return stream_generate(self.model, without_text, prompt, Sampling(max_tokens=count, ignore_eos=True))
+        sampling = Sampling(max_tokens=count, ignore_eos=True)
+        conversation = Conversation(self.model, context=self.plan.context, chunk_tokens=self.plan.chunk_tokens)
+        return stream_generate(self.model, without_text, prompt, sampling, conversation=conversation)
 
 
 class NoText:
@@ -107,6 +136,8 @@ class MlxLm:
     """mlx-lm as it comes."""
 
     name = "mlx-lm"
+    memory: dict[str, Any] | None = None
+    streaming: Streaming | None = None
 
     def __init__(self, folder: Path, dtype: str) -> None:
         import mlx_lm
@@ -122,13 +153,16 @@ class MlxLm:
         self.version = mlx_lm.__version__
         self.dtype = str(self.model.model.norm.weight.dtype).removeprefix("mlx.core.")
 
+    def check_room(self, request: Decode) -> None:
+        pass
+
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
         from mlx_lm.generate import generate_step
 
         return generate_step(mx.array(list(prompt)), self.model, max_tokens=count)
 
 
-_ENGINES: dict[str, Callable[[Path, str], Engine]] = {"mixtral-mlx": Ours, "mlx-lm": MlxLm}
+_ENGINES: dict[str, Callable[..., Engine]] = {"mixtral-mlx": Ours, "mlx-lm": MlxLm}
 
 
 @dataclass(frozen=True)
@@ -149,24 +183,53 @@ def read_prompt(engine: Engine, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def decode(engine: Engine, request: Decode) -> float:
-    """Seconds for the steps of `request`: in the engine's own loop for one fresh sequence, else in one both share."""
+@dataclass(frozen=True)
+class Passed:
+    """Seconds, and what streaming experts has done in them, if they are streamed."""
+
+    seconds: float
+    streamed: dict[str, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds} | ({"streamed": self.streamed} if self.streamed else {})
+
+
+def stopwatch(engine: Engine) -> Callable[[], Passed]:
+    """Begin to measure; what is returned says what has passed since."""
+    before, start = _counts(engine), time.perf_counter()
+
+    def passed() -> Passed:
+        seconds, after = time.perf_counter() - start, _counts(engine)
+        return Passed(seconds, {name: count - before[name] for name, count in after.items()} or None)
+
+    return passed
+
+
+def _counts(engine: Engine) -> dict[str, float]:
+    return asdict(engine.streaming.statistics) if engine.streaming else {}
+
+
+def decode(engine: Engine, request: Decode) -> Passed:
+    """What the steps of `request` take: in the engine's own loop for one fresh sequence, else in one both share."""
+    engine.check_room(request)
     if request.batch == 1 and request.context == 0 and request.kv_bits is None:
         return _in_its_own_loop(engine, request.tokens)
     return in_the_shared_loop(engine, request)
 
 
-def _in_its_own_loop(engine: Engine, tokens: int) -> float:
-    steps = engine.tokens(seeded_ids(engine, 1), tokens + _PRIMED)
+def _in_its_own_loop(engine: Engine, tokens: int) -> Passed:
+    # A loop begins a step while the token before is looked at. Where experts are streamed that step is then all but
+    # done: the one for the first timed token before the time begins, and so one more is asked for at the end.
+    steps = engine.tokens(seeded_ids(engine, 1), tokens + _PRIMED + (1 if engine.streaming else 0))
     next(steps)
-    start = time.perf_counter()
+    passed = stopwatch(engine)
     for _ in range(tokens):
         next(steps)
-    return time.perf_counter() - start
+    return passed()
 
 
-def in_the_shared_loop(engine: Engine, request: Decode) -> float:
-    """Seconds for the steps of `request` in a loop that asks nothing of an engine but its model."""
+def in_the_shared_loop(engine: Engine, request: Decode) -> Passed:
+    """What the steps of `request` take in a loop that asks nothing of an engine but its model."""
     cache = _filled_cache(engine, request)
 
     def step(tokens: mx.array) -> mx.array:  # (B,) → (B,)
@@ -176,7 +239,7 @@ def in_the_shared_loop(engine: Engine, request: Decode) -> float:
 
     current = step(mx.array(seeded_ids(engine, request.batch)))
     mx.eval(current)
-    start = time.perf_counter()
+    passed = stopwatch(engine)
     current = step(current)
     for _ in range(request.tokens - 1):
         # The next step is under way while this one's tokens are looked at, as in `generate`.
@@ -184,7 +247,7 @@ def in_the_shared_loop(engine: Engine, request: Decode) -> float:
         current.tolist()
         current = following
     current.tolist()
-    return time.perf_counter() - start
+    return passed()
 
 
 def _filled_cache(engine: Engine, request: Decode) -> list[Any]:
@@ -224,7 +287,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         if op == "prompt":
             return {"seconds": read_prompt(engine, request["tokens"])}
         if op == "decode":
-            return {"seconds": decode(engine, Decode(**request))}
+            return decode(engine, Decode(**request)).to_dict()
     except (MixtralError, RuntimeError, MemoryError, ValueError) as error:
         return {"unsupported": str(error) or type(error).__name__}
     if op == "memory":
@@ -235,7 +298,8 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 def serve(engine: Engine, requests: TextIO, answers: TextIO) -> None:
     """Answer until the requests end."""
     ready = {"engine": engine.name, "version": engine.version, "dtype": engine.dtype, "load_s": engine.load_s}
-    _say(answers, {"ready": True, **ready})
+    memory = {"memory": engine.memory} if engine.memory else {}
+    _say(answers, {"ready": True, **ready, **memory})
     for line in requests:
         request = json.loads(line)
         if request["op"] == "exit":
@@ -255,10 +319,10 @@ def protected_stdout() -> TextIO:
 
 
 def main() -> None:
-    name, folder, dtype = sys.argv[1:]
+    name, folder, dtype, *memory = sys.argv[1:]
     answers = protected_stdout()
     try:
-        engine = _ENGINES[name](Path(folder), dtype)
+        engine = _ENGINES[name](Path(folder), dtype, *map(int, memory))
     except MixtralError as error:
         _say(answers, {"error": {"code": error.code, "message": str(error), "hint": error.hint}})
         sys.exit(1)
