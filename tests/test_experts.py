@@ -696,10 +696,12 @@ def test_a_slot_that_is_still_being_written_is_given_to_nobody() -> None:
 def test_slots_that_were_given_up_are_nobodys_memory() -> None:
     with Layer(4) as layer:
         layer.take(*range(8))
-        given_up = weakref.ref(layer.pool.views[0][1])
-        layer.pool.resize(1)
+        (given_up,) = (weakref.ref(array) for array in layer.pool.arrays.values())
+        adopted: dict[str, mx.array] = {}
+        layer.pool.resize(1, adopted.__setitem__)
         gc.collect()
         assert given_up() is None
+        assert adopted == layer.pool.arrays
         assert not any(type(each) is Piece and len(each.view) == 4 for each in gc.get_objects())
 
 
@@ -711,7 +713,8 @@ def test_another_number_of_slots_keeps_what_is_wanted_most(before: int, after: i
             layer.usage.add([expert])
             layer.take(expert)
         held = layer.held
-        layer.pool.resize(after)
+        adopted: dict[str, mx.array] = {}
+        layer.pool.resize(after, adopted.__setitem__)
         assert layer.held == set(sorted(held)[-after:])
         read = len(layer.disk.read_offsets)
         if layer.held:

@@ -6,7 +6,7 @@ known of routing or products: who calls says which experts are needed, and compu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
@@ -79,7 +79,9 @@ class Pool:
         """Experts whose reading began on a guess and that nobody has asked for yet."""
         self.unevaluated: list[mx.array] = []
         """What was computed from slots, perhaps not yet: evaluated before one of them is overwritten."""
-        self._allocate(self.num_slots)
+        self._rearrange(self.num_slots, {})
+        for tensor, array in zip(self.tensors, _stacks(self.tensors, self.num_slots), strict=True):
+            self.arrays[tensor.name] = array
 
     @property
     def is_whole(self) -> bool:
@@ -135,40 +137,38 @@ class Pool:
             if self.slot_of[expert] < 0 and not self._place(expert, keep=guessed, ahead=True):
                 return
 
-    def resize(self, num_slots: int) -> None:
-        """Have `num_slots` slots, and keep in them what is wanted most. `arrays` are new ones afterwards."""
+    def resize(self, num_slots: int, adopt: Callable[[str, mx.array], None]) -> None:
+        """Have `num_slots` slots, and keep in them what is wanted most.
+
+        `arrays` are new ones afterwards, each given to `adopt`, so that no more than one is ever there twice."""
         for expert in list(self.loads):
             self._cancel(expert)
         self._wait_for_drained()
         self._evaluate()
-        before, held = self.arrays, [expert for expert in self.slots if expert >= 0]
-        held.sort(key=self.usage.scores.__getitem__, reverse=True)
+        held = sorted(filter(lambda expert: expert >= 0, self.slots), key=self.usage.scores.__getitem__, reverse=True)
         kept = {expert: self.slot_of[expert] for expert in held[:num_slots]}
-        self.num_slots = num_slots
-        self.arrays = {}
-        self._allocate(num_slots, before, kept)
+        moves = self._rearrange(num_slots, kept)
+        for tensor in self.tensors:
+            (array,) = _stacks([tensor], num_slots)
+            source, target, size = _bytes(self.arrays[tensor.name]), _bytes(array), tensor.nbytes
+            for old, new in moves:
+                target[new * size : (new + 1) * size] = source[old * size : (old + 1) * size]
+            self.arrays[tensor.name] = array
+            adopt(tensor.name, array)
 
     # Slots.
 
-    def _allocate(
-        self, num_slots: int, before: dict[str, mx.array] | None = None, kept: dict[int, int] | None = None
-    ) -> None:
-        self.slots = [-1] * num_slots
-        self.slot_of = [-1] * self.num_experts
+    def _rearrange(self, num_slots: int, kept: Mapping[int, int]) -> list[tuple[int, int]]:
+        """Have `num_slots` slots without memory, the experts `kept` in them; returns their slots before and now."""
+        self.num_slots = num_slots
+        self.slots, self.slot_of = [-1] * num_slots, [-1] * self.num_experts
         self.draining: dict[int, Load] = {}
         moves: list[tuple[int, int]] = []
-        for expert, old in (kept or {}).items():
+        for expert, old in kept.items():
             new = expert if num_slots == self.num_experts else len(moves)
             moves.append((old, new))
             self.slots[new], self.slot_of[expert] = expert, new
-        for tensor, array in zip(self.tensors, _stacks(self.tensors, num_slots), strict=True):
-            self.arrays[tensor.name] = array
-            if before:
-                source, target = _bytes(before.pop(tensor.name)), _bytes(array)
-                for old, new in moves:
-                    size = tensor.nbytes
-                    target[new * size : (new + 1) * size] = source[old * size : (old + 1) * size]
-        self.views = [(tensor, _bytes(self.arrays[tensor.name])) for tensor in self.tensors]
+        return moves
 
     def _place_some(self, missing: list[int], *, keep: Sequence[int]) -> None:
         """Take from the front of `missing` what a slot can be found for."""
@@ -184,7 +184,7 @@ class Pool:
         if self.slots[slot] >= 0:
             self._forget(self.slots[slot])
         self.slots[slot], self.slot_of[expert] = expert, slot
-        load = Load([self._piece(tensor, view, expert, slot) for tensor, view in self.views])
+        load = Load([self._piece(tensor, expert, slot) for tensor in self.tensors])
         self.loads[expert] = load
         if ahead:
             self.guessed.add(expert)
@@ -201,11 +201,10 @@ class Pool:
         scores = self.usage.scores
         return min(free, key=lambda slot: scores[self.slots[slot]] if self.slots[slot] >= 0 else -1.0, default=None)
 
-    @staticmethod
-    def _piece(tensor: StackedTensor, view: memoryview, expert: int, slot: int) -> Piece:
+    def _piece(self, tensor: StackedTensor, expert: int, slot: int) -> Piece:
         file, offset = tensor.places[expert]
-        size = tensor.nbytes
-        return Piece(file, offset, tensor.stored_bytes, view[slot * size : (slot + 1) * size], tensor.convert)
+        view = _bytes(self.arrays[tensor.name])[slot * tensor.nbytes : (slot + 1) * tensor.nbytes]
+        return Piece(file, offset, tensor.stored_bytes, view, tensor.convert)
 
     def _forget(self, expert: int) -> None:
         self.slots[self.slot_of[expert]] = -1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -115,13 +116,15 @@ class Streaming:
         for pool, matrices, count in zip(self.pools, self.matrices, slots, strict=True):
             if count == pool.num_slots:
                 continue
-            pool.resize(count)
-            for name, array in pool.arrays.items():
-                projection, part = name.split(".")
-                matrices[projection][part] = array
+            pool.resize(count, partial(_put, matrices))
             changed = True
         return changed
 
     def close(self) -> None:
         """End the reading threads; the model cannot be used any more."""
         self._finalizer()
+
+
+def _put(matrices: Mapping[str, Any], name: str, array: mx.array) -> None:
+    projection, part = name.split(".")
+    matrices[projection][part] = array
