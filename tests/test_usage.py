@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from mixtral_mlx.experts.usage import Usage
+
+from .checkpoints import TINY, write_tiny
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "routing.py"
 EXPERTS = 8
@@ -145,3 +148,43 @@ def test_nobody_beats_belady(routing: Any, stats: Any) -> None:
 def test_lru_finds_what_a_worked_example_says(routing: Any) -> None:
     chosen = np.array([[[0, 1], [0, 2], [3, 0], [1, 2]]])
     assert routing.replay(chosen, routing.LeastRecent(EXPERTS), slots=[2, 3]) == [2, 3]
+
+
+def test_a_prompt_leaves_what_the_policy_scores_highest(routing: Any) -> None:
+    chosen = np.array([[[0, 1], [2, 3], [2, 3]]])
+    assert routing.replay(chosen, routing.LeastRecent(EXPERTS), slots=[2, 4], prompt=2) == [2, 2]
+
+
+@pytest.mark.parametrize("recall", [(0.96, 0.85), (1, 0.5)])
+def test_guesses_come_true_as_often_as_asked_and_clear_ones_more_often(
+    routing: Any, stats: Any, recall: tuple[float, float]
+) -> None:
+    chosen = routing.traces(stats, sequences=8, tokens=512, seed=7)
+    logits = routing.guesses(chosen, EXPERTS, recall, seed=0)
+    right = np.argsort(-logits, -1)[..., :2] == chosen
+    assert right.mean((0, 1, 2)) == pytest.approx(recall, abs=0.02)
+    ranked = -np.sort(-logits, -1)
+    clear = ranked[..., 1] - ranked[..., 2] > 0.4
+    assert right[..., 1][clear].mean() > right[..., 1][~clear].mean()
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_a_model_finds_as_many_experts_as_the_simulation(routing: Any, stats: Any, tmp_path: Path, slots: int) -> None:
+    folder = write_tiny(tmp_path / "model", replace(TINY, num_hidden_layers=4), tokenizer=None)
+    chosen = routing.traces(stats, sequences=1, tokens=96, seed=6)
+    simulated = routing.rates(chosen, EXPERTS, "ours", prompt=64).by_slots
+    run = routing.drive(folder, chosen, slots, prompt=64)
+    # Threads may finish reading a prompt's experts in another order, which leaves another one in some layer's slots.
+    assert run.hit_rate == pytest.approx(simulated[slots], abs=0.03)
+    assert run.named_ahead == run.begun_before == 0
+
+
+def test_a_model_told_the_truth_about_the_next_layer_reads_ahead_nothing_in_vain(
+    routing: Any, stats: Any, tmp_path: Path
+) -> None:
+    folder = write_tiny(tmp_path / "model", replace(TINY, num_hidden_layers=4), tokenizer=None)
+    chosen = routing.traces(stats, sequences=1, tokens=96, seed=6)
+    run = routing.drive(folder, chosen, 4, 64, [routing.guesses(chosen, EXPERTS, (1, 1), seed=0)])
+    assert run.named_ahead > 0
+    assert run.came_true == 1
+    assert run.begun_before >= run.there_before
