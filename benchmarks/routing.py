@@ -264,7 +264,7 @@ def drive(folder: Path, chosen: np.ndarray, slots: int, prompt: int = 0, named: 
     `named[0]` are logits (sequences, tokens, L, E) of guesses about each layer made in the one before it, `named[1]` in
     the one before that; without any, nothing is read ahead."""
     sequences, length, layers, _ = chosen.shape
-    plan = Plan("streamed", 0, (slots,) * layers, length, max(prompt, 1), {}, _CACHE_LIMIT)
+    plan = Plan("streamed", 0, (slots,) * layers, length, max(prompt, 1), {"experts": 0}, _CACHE_LIMIT)
     loaded = load(folder, memory=plan)
     streaming: Any = loaded.streaming
     streaming.before_step = lambda: None  # It keeps its slots, however short memory becomes.

@@ -174,7 +174,8 @@ def test_a_model_finds_as_many_experts_as_the_simulation(routing: Any, stats: An
     chosen = routing.traces(stats, sequences=1, tokens=96, seed=6)
     simulated = routing.rates(chosen, EXPERTS, "ours", prompt=64).by_slots
     run = routing.drive(folder, chosen, slots, prompt=64)
-    assert run.hit_rate == simulated[slots]
+    # Threads may finish reading a prompt's experts in another order, which leaves another one in some layer's slots.
+    assert run.hit_rate == pytest.approx(simulated[slots], abs=0.03)
     assert run.named_ahead == run.begun_before == 0
 
 
