@@ -257,29 +257,27 @@ def ours(folder: Path, vocab_size: int) -> Callable[[Work, int | None, Watched],
         return process.ask(None, work.first_s + work.timed_s)
 
     def measure(work: Work, budget_bytes: int | None, process: Watched) -> Decoded:
-        # A prompt reads nearly every expert. The same run, ended early, has what is not the later tokens'.
-        before = generate(work, budget_bytes, process, 1)
-        return _ours_decoded(before, generate(work, budget_bytes, process, work.tokens + 1))
+        return _ours_decoded(generate(work, budget_bytes, process, work.tokens + 1))
 
     return measure
 
 
-def _ours_decoded(before: dict[str, Any], said: dict[str, Any]) -> Decoded:
-    tokens = said["usage"]["completion_tokens"] - before["usage"]["completion_tokens"]
-    if tokens < 1:
-        raise EngineError("it ended before the second token; try another --context")
-    token_s, memory = 1 / said["timings"]["generation_tps"], said["memory"]
-    names = ("expert_hits", "expert_misses", "bytes_read", "io_s", "stall_s")
-    each = {name: (memory[name] - before["memory"][name]) / tokens for name in names if name in memory}
-    uses = each["expert_hits"] + each["expert_misses"]
+def _ours_decoded(said: dict[str, Any]) -> Decoded:
+    tokens = said["usage"]["completion_tokens"] - 1
+    decode = said["memory"].get("decode")
+    if tokens < 1 or decode is None:
+        raise EngineError("it ended before the second token, or streamed nothing")
+    # Rounded to hundredths of a token per second, generation_tps is too coarse.
+    token_s = (decode["compute_s"] + decode["stall_s"]) / tokens
+    uses = decode["expert_hits"] + decode["expert_misses"]
     return Decoded(
         tokens,
         token_s,
-        token_bytes=each["bytes_read"],
-        hit_rate=each["expert_hits"] / uses if uses else None,
-        io_s=each.get("io_s"),
-        compute_s=token_s - each["stall_s"] if "stall_s" in each else None,
-        stall_s=each.get("stall_s"),
+        token_bytes=decode["bytes_read"] / tokens,
+        hit_rate=decode["expert_hits"] / uses if uses else None,
+        io_s=decode["io_s"] / tokens,
+        compute_s=decode["compute_s"] / tokens,
+        stall_s=decode["stall_s"] / tokens,
         said={name: value for name, value in said.items() if name != "text"},
     )
 

@@ -27,6 +27,7 @@ from .terminal import Bar, CtrlC, PlainText, clean, complain
 if TYPE_CHECKING:
     from .bench.commands import Answer as Measured
     from .convert.commands import Answer
+    from .experts import Statistics
     from .generate import Chunk, Sampling, Usage
     from .plan import Answer as Planned
     from .prompt import Tokenizer
@@ -343,10 +344,11 @@ def _generate(arguments: list[str]) -> int:
     with wired(request.choice):
         ready = open_model(request.choice)
         prompt = _prompt_ids(request, ready.tokenizer)
-        chunks = _complete(request, ready, prompt)
+        answered = _complete(request, ready, prompt)
+    chunks = answered.chunks
     last = chunks[-1]
     if request.as_json:
-        _print_json(_report(ready, chunks))
+        _print_json(_report(ready, answered))
     elif last.finish_reason == "length" and sys.stderr.isatty() and not request.choice.quiet:
         print(f"[cut off after {last.usage.completion_tokens:,} tokens, see --max-tokens]", file=sys.stderr)
     return 130 if last.finish_reason == "cancelled" else 0
@@ -408,14 +410,23 @@ def _prompt_ids(request: _Request, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat([*system, Message("user", request.text)])
 
 
-def _complete(request: _Request, ready: Ready, prompt: list[int]) -> list[Chunk]:
+@dataclass(frozen=True)
+class _Answered:
+    """An answer's chunks, and what streaming had done when the first came."""
+
+    chunks: list[Chunk]
+    at_first: Statistics | None
+
+
+def _complete(request: _Request, ready: Ready, prompt: list[int]) -> _Answered:
     """Generate, showing text as it comes unless it is to be JSON."""
     from .generate import stream_generate
 
     quiet = request.choice.quiet
     view = None if request.as_json else PlainText()
     shown = clean if sys.stdout.isatty() else str
-    collected = []
+    collected: list[Chunk] = []
+    streaming, at_first = ready.loaded.streaming, None
     with mlx_failures(), CtrlC() as stopped, Bar("Reading the prompt", quiet=quiet, at_least=LONG_PROMPT) as bar:
         chunks = stream_generate(
             ready.loaded.model,
@@ -427,12 +438,14 @@ def _complete(request: _Request, ready: Ready, prompt: list[int]) -> list[Chunk]
             cancelled=stopped,
         )
         for chunk in chunks:
+            if streaming and not collected:
+                at_first = streaming.statistics
             collected.append(chunk)
             if view:
                 view.add(shown(chunk.text))
     if view:
         view.finish()
-    return collected
+    return _Answered(collected, at_first)
 
 
 def _sampling(request: _Request) -> Sampling:
@@ -441,8 +454,9 @@ def _sampling(request: _Request) -> Sampling:
     return Sampling(**request.settings)
 
 
-def _report(ready: Ready, chunks: list[Chunk]) -> dict[str, Any]:
+def _report(ready: Ready, answered: _Answered) -> dict[str, Any]:
     """The object `--json` prints. Other programs read these names."""
+    chunks = answered.chunks
     usage: Usage = chunks[-1].usage
     return {
         "text": "".join(chunk.text for chunk in chunks),
@@ -459,25 +473,32 @@ def _report(ready: Ready, chunks: list[Chunk]) -> dict[str, Any]:
             "prompt_tps": round(usage.prompt_tps, 2),
             "generation_tps": round(usage.generation_tps, 2),
         },
-        "memory": _memory(ready, usage),
+        "memory": _memory(ready, answered),
     }
 
 
-def _memory(ready: Ready, usage: Usage) -> dict[str, Any]:
-    loaded = ready.loaded
+def _memory(ready: Ready, answered: _Answered) -> dict[str, Any]:
+    loaded, usage = ready.loaded, answered.chunks[-1].usage
     report = {
         "mode": loaded.plan.mode,
         "budget_bytes": loaded.plan.budget_bytes,
         "peak_bytes": peak_bytes(),
         "slots_per_layer": loaded.plan.slots_per_layer,
     }
-    if loaded.streaming is None:
+    if loaded.streaming is None or answered.at_first is None:
         # With every expert resident none is ever looked for: no hits, no misses, and each weight read once.
         return report | {"expert_hits": 0, "expert_misses": 0, "bytes_read": loaded.weights_bytes}
-    done = asdict(loaded.streaming.statistics)
-    done["compute_s"] = usage.prompt_seconds + usage.generation_seconds - done["stall_s"]
-    seconds = {name: round(value, 3) for name, value in done.items() if name.endswith("_s")}
-    return report | {"expert_hits": done.pop("hits"), "expert_misses": done.pop("misses"), **done, **seconds}
+    done = loaded.streaming.statistics
+    report |= _streamed(done, usage.prompt_seconds + usage.generation_seconds)
+    # After the first token there is no prompt in it.
+    return report | {"decode": _streamed(done - answered.at_first, usage.generation_seconds)}
+
+
+def _streamed(done: Statistics, seconds: float) -> dict[str, Any]:
+    """What streaming did in so many seconds, under the names that are printed."""
+    entry = asdict(done) | {"compute_s": seconds - done.stall_s}
+    entry = {name: round(value, 3) if name.endswith("_s") else value for name, value in entry.items()}
+    return {"expert_hits": entry.pop("hits"), "expert_misses": entry.pop("misses"), **entry}
 
 
 # convert, verify, perplexity

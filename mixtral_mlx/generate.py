@@ -268,11 +268,10 @@ def _steps(
         mx.async_eval(current)
         conversation.tokens = list(prompt)
         for n in range(1, limit + 1):
-            # The next step is under way while this one's token is looked at.
             following = None
-            if n < limit:
-                following = sampler.sample(model(current[0][None], conversation.cache))
-                mx.async_eval(following)
+            if n < limit and model.runs_ahead:
+                # The next step is under way while this one's token is looked at.
+                following = _launched(model, current, conversation, sampler)
             step = _step(current)
             if following is not None:
                 conversation.tokens.append(step.token)
@@ -281,14 +280,24 @@ def _steps(
             if cancelled():
                 return
             yield step
-            if following is None:
+            if n == limit:
                 return
+            if following is None:
+                following = _launched(model, current, conversation, sampler)
+                conversation.tokens.append(step.token)
             current = following
             if n % _CLEAR_CACHE_EVERY == 0:
                 mx.clear_cache()
     except (RuntimeError, MemoryError):
         conversation.clear()  # What the cache holds is unknown now.
         raise
+
+
+def _launched(model: Model, current: _Sampled, conversation: Conversation, sampler: _Sampler) -> _Sampled:
+    """The step after `current`, begun."""
+    following = sampler.sample(model(current[0][None], conversation.cache))
+    mx.async_eval(following)
+    return following
 
 
 def _read_prompt(

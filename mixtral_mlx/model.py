@@ -120,12 +120,14 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """Mixtral for causal language modelling: ids (B, T) → logits (B, T, V).
 
-    `experts(config, layer)` makes the module that holds a layer's experts; by default all are resident."""
+    `experts(config, layer)` makes the module that holds a layer's experts; by default all are resident. `runs_ahead` says
+    whether a call only describes what MLX then does by itself, so that calling pays before the result is needed."""
 
     def __init__(self, config: Config, experts: Callable[[Config, int], nn.Module] = resident_experts) -> None:
         super().__init__()
         self.args = config
         self.model_type = config.model_type
+        self.runs_ahead = True
         self.model = Decoder(config, experts)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -218,9 +218,7 @@ def decode(engine: Engine, request: Decode) -> Passed:
 
 
 def _in_its_own_loop(engine: Engine, tokens: int) -> Passed:
-    # A loop begins a step while the token before is looked at. Where experts are streamed that step is then all but
-    # done: the one for the first timed token before the time begins, and so one more is asked for at the end.
-    steps = engine.tokens(seeded_ids(engine, 1), tokens + _PRIMED + (1 if engine.streaming else 0))
+    steps = engine.tokens(seeded_ids(engine, 1), tokens + _PRIMED)
     next(steps)
     passed = stopwatch(engine)
     for _ in range(tokens):

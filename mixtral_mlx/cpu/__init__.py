@@ -53,6 +53,7 @@ def accelerate(model: Model) -> None:
             moe.switch_mlp.__class__ = modules.StreamedExperts if streams else modules.Experts
         if all(map(modules.fits, [*matrices, *experts, moe.gate])) and modules.can_attend(attention):
             layer.__class__ = modules.DecoderLayer
+            model.runs_ahead = False
     # Whatever its weights, it is to give float32, which is what all that follows computes in.
     _replace(model.model.embed_tokens, always=True)
     if "lm_head" in model:

@@ -58,6 +58,10 @@ class Statistics:
     io_s: float = 0.0
     stall_s: float = 0.0
 
+    def __sub__(self, earlier: Statistics) -> Statistics:
+        """What was done since."""
+        return Statistics(**{name: value - getattr(earlier, name) for name, value in vars(self).items()})
+
 
 @dataclass
 class Pool:

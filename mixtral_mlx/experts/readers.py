@@ -68,8 +68,7 @@ class Readers:
 
     def __init__(self, threads: int = _THREADS) -> None:
         self.bytes_read = 0
-        self.busy_s = 0.0
-        """Seconds in which something was being read."""
+        self._busy_s = 0.0
         self._changed = threading.Condition()
         self._urgent: deque[Load] = deque()
         self._ahead: deque[Load] = deque()
@@ -81,6 +80,12 @@ class Readers:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which something was being read."""
+        with self._changed:
+            return self._busy_s + (time.perf_counter() - self._since if self._active else 0)
 
     def start(self, load: Load, *, ahead: bool = False) -> None:
         """Queue a load: behind those that are waited for, and `ahead` behind all."""
@@ -162,7 +167,7 @@ class Readers:
         with self._changed:
             self._active -= 1
             if self._active == 0:
-                self.busy_s += time.perf_counter() - self._since
+                self._busy_s += time.perf_counter() - self._since
             load.reading -= 1
             load.left -= 1
             load.bytes_read += part.nbytes

@@ -80,6 +80,7 @@ class Streaming:
             self.layers.append(experts)
             self.matrices.append({name: experts[name] for name in _PROJECTIONS})
         self._guess_ahead(model)
+        model.runs_ahead = False  # Each layer waits for its routing.
         # And so the model keeps this alive.
         self.layers[0].stream.begin = lambda: self.before_step()
 
