@@ -120,8 +120,8 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """Mixtral for causal language modelling: ids (B, T) → logits (B, T, V).
 
-    `experts(config, layer)` makes the module that holds a layer's experts; by default all are resident. `runs_ahead` says
-    whether a call only describes what MLX then does by itself, so that calling pays before the result is needed."""
+    `experts(config, layer)` makes the module that holds a layer's experts; by default all are resident. `runs_ahead`
+    says whether a call only describes what MLX then does by itself: then it pays to call before results are needed."""
 
     def __init__(self, config: Config, experts: Callable[[Config, int], nn.Module] = resident_experts) -> None:
         super().__init__()
