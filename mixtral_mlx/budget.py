@@ -268,7 +268,7 @@ def _refusal(footprint: Footprint, have: int, context: int | None, process_bytes
         need_bytes=need,
         have_bytes=have,
         parts=parts,
-        hint=f"It is made of {listed}.\nUse {' or '.join(remedies)}, or give it more memory.",
+        hint=f"It is made of {listed}. Use {' or '.join(remedies)}, or give it more memory.",
     )
 
 

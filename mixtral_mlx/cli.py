@@ -82,7 +82,7 @@ def _failed(error: MixtralError, as_json: bool) -> int:
     if error.code == "cancelled":
         return 130
     complain(error)
-    return 2 if isinstance(error, UsageError) or error.code == "bad_sampling" else 1
+    return 2 if isinstance(error, UsageError) or error.code in ("bad_sampling", "bad_context") else 1
 
 
 def _print_json(data: dict[str, Any]) -> None:

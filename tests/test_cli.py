@@ -18,6 +18,8 @@ import mlx.core as mx
 import pytest
 
 from mixtral_mlx import __version__, cli, generate, memory, weights
+from mixtral_mlx.budget import BudgetError
+from mixtral_mlx.weights import load, locate
 
 from .checkpoints import TINY, write_tiny
 
@@ -107,7 +109,7 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
         ("generate --json --bogus", 2, "unknown_option"),
         ("generate --json --model /nowhere --prompt x", 1, "no_model"),
         (f"generate --json --model {folder} --prompt-ids 99999", 1, "bad_token"),
-        (f"generate --json --model {folder} --prompt x --context 9999", 2, "bad_sampling"),
+        (f"generate --json --model {folder} --prompt x --context 9999", 2, "bad_context"),
     ]:
         assert cli.main(line.split()) == status
         out, err = capsys.readouterr()
@@ -179,21 +181,22 @@ def test_generate_json_has_the_promised_names(capsys: pytest.CaptureFixture[str]
 
 def test_within_a_budget_the_demo_is_streamed_to_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["generate", "--model", "demo", "--prompt", "Hello", "--max-tokens", "8", "--json", "--memory"]
+    with pytest.raises(BudgetError) as refused:
+        load(locate(None), memory=1 << 20)
+    least = refused.value.need_bytes
     reports = []
-    for size in ("64GB", "435MB"):
+    for size in ("64GB", f"{least}B"):
         assert cli.main([*line, size]) == 0
         reports.append(json.loads(capsys.readouterr().out))
     resident, streamed = (report["memory"] for report in reports)
     assert reports[0]["tokens"] == reports[1]["tokens"]
     assert (resident["mode"], streamed["mode"]) == ("resident", "streamed")
     assert streamed["slots_per_layer"] < resident["slots_per_layer"] == 8
-    assert streamed["budget_bytes"] <= 435_000_000
+    assert streamed["budget_bytes"] <= least
     assert streamed["expert_misses"] > 0
     assert streamed["expert_hits"] + streamed["expert_misses"] > 8
     assert streamed["bytes_read"] > 0
-    assert streamed.keys() - resident.keys() == {
-        *("ahead_reads", "ahead_used", "hidden_bytes", "io_s", "stall_s"),
-    }
+    assert streamed.keys() - resident.keys() >= {"ahead_reads", "ahead_used", "hidden_bytes", "io_s", "stall_s"}
 
 
 def test_a_budget_too_small_even_to_stream_is_refused_with_what_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
