@@ -203,7 +203,8 @@ def load(
     and M2, float32 on MLX's CPU backend). Takes our folders, mlx-community's, older unstacked ones and plain Hugging
     Face ones. `memory` is what the whole process may use, in bytes, with a cache of `context` tokens in `kv_bits`; None
     is what the machine can spare, a plan is taken as it is. What does not fit is streamed. `cancelled` is asked
-    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run the model on this thread."""
+    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run the model on this thread, with
+    the context and the prompt chunks of its `plan`: those of `Conversation` may be larger."""
     start = time.perf_counter()
     if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
@@ -220,34 +221,36 @@ def load(
     tensors = [tensor for tensor in checkpoint.tensors if plan.mode == "resident" or not tensor.is_experts]
     slots_bytes = plan.parts["experts"] if plan.mode == "streamed" else 0
     reader = _Reader(sum(tensor.nbytes for tensor in tensors) + slots_bytes, on_progress, cancelled)
-    arrays = reader.read(tensors, cast_to)
-    from .model import (
-        Model,
-        resident_experts,
-    )  # Here, since it brings mlx-lm, which takes seconds to import and converting can do without.
-
-    streaming, experts = None, resident_experts
+    arrays, streaming = reader.read(tensors, cast_to), None
     if plan.mode == "streamed":
         from .experts import Streaming
 
         streaming = Streaming(stored_experts(checkpoint, cast_to), plan.slots, on_slots=reader.note)
-        experts = streaming.experts
         arrays += streaming.arrays()
-    names = {name for name, _ in arrays}
-    # The model's own initial weights stay unevaluated: they never take memory.
-    model = Model(checkpoint.config, experts)
-    quantize(model, checkpoint.config, lambda path: f"{path}.scales" in names)
-    model.load_weights(arrays, strict=True)
-    model.eval()
-    if streaming:
-        streaming.attach(model)
-        streaming.before_step = _relief(streaming).check
+    model = _built(checkpoint.config, arrays, streaming)
     if target == "float32" and cpu.is_available():
         cpu.accelerate(model)
     note = cpu.MISSING if cpu.is_backend() and not cpu.is_available() else ""
     weights_bytes = sum(array.nbytes for _, array in arrays)
     seconds = time.perf_counter() - start
     return Loaded(model, checkpoint.config, folder, target, weights_bytes, seconds, plan, streaming, note)
+
+
+def _built(config: Config, arrays: list[tuple[str, mx.array]], streaming: Streaming | None) -> Model:
+    """The model with these parameters; its experts as far as `streaming` has slots for them, if they are streamed."""
+    # Here, since it brings mlx-lm, which takes seconds to import and converting can do without.
+    from .model import Model, resident_experts
+
+    names = {name for name, _ in arrays}
+    # The model's own initial weights stay unevaluated: they never take memory.
+    model = Model(config, streaming.experts if streaming else resident_experts)
+    quantize(model, config, lambda path: f"{path}.scales" in names)
+    model.load_weights(arrays, strict=True)
+    model.eval()
+    if streaming:
+        streaming.attach(model)
+        streaming.before_step = _relief(streaming).check
+    return model
 
 
 def footprint(checkpoint: Checkpoint, dtype: str, cast_to: str | None, kv_bits: int | None = None) -> Footprint:

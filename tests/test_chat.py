@@ -60,7 +60,7 @@ def start(folder: Path, environment: dict[str, str]) -> Iterator[Start]:
             env={**environment, **env},
             dimensions=(30, columns),
             encoding="utf-8",
-            timeout=30,
+            timeout=120,  # A kernel may have to be compiled on a busy machine.
         )
         running.append(chat)
         return chat
@@ -193,9 +193,9 @@ def test_escape_characters_from_a_model_do_not_reach_a_terminal_and_do_reach_a_f
     hostile: Path, environment: dict[str, str]
 ) -> None:
     line = ["-m", "mixtral_mlx", "generate", "--model", str(hostile), "--quiet", "--prompt", "x", "--max-tokens", "9"]
-    at_terminal = pexpect.run(shlex.join([sys.executable, *line]), env=environment, timeout=60)
+    at_terminal = pexpect.run(shlex.join([sys.executable, *line]), env=environment, timeout=120)
     assert at_terminal == b"\r\n"
-    in_file = subprocess.run([sys.executable, *line], env=environment, capture_output=True, timeout=60)
+    in_file = subprocess.run([sys.executable, *line], env=environment, capture_output=True, timeout=120)
     assert in_file.stdout == b"\x1b" * 9 + b"\n"
 
 
@@ -211,7 +211,7 @@ def test_in_a_pipe_each_line_is_a_message_and_only_replies_are_printed(
 ) -> None:
     data = "Hello there\n\n/set max_tokens 8\nAnd más\n//x\n".encode()
     line = [sys.executable, "-m", "mixtral_mlx", "chat", "--model", str(folder), "--temperature", "0"]
-    done = subprocess.run([*line, "--max-tokens", "8"], input=data, capture_output=True, env=environment, timeout=60)
+    done = subprocess.run([*line, "--max-tokens", "8"], input=data, capture_output=True, env=environment, timeout=120)
     assert done.returncode == 0
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"max_tokens = 8" in done.stderr
