@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pexpect
+import platformdirs
 import pytest
 from rich.cells import cell_len
 
@@ -42,6 +43,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """A terminal that does not answer questions about its cursor, and a home of its own."""
     kept = {key: value for key, value in os.environ.items() if key not in _FROM_OUTSIDE}
     own = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path / "state")}
+    own["XDG_CACHE_HOME"] = platformdirs.user_cache_dir()  # Compiled kernels stay: each home would make its own.
     return {**kept, **own, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
