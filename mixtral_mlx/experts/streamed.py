@@ -65,7 +65,7 @@ class Guess:
         return self.gate(x.astype(mx.float32) * self.ratio)
 
     def act(self, logits: np.ndarray[Any, Any]) -> None:
-        """Begin to read what `logits` (N, E) name, the surest first, if it will be wanted more likely than not."""
+        """Begin to read what `logits` (N, E) name, the surest first, where such guesses come true often enough."""
         chosen = len(self.recall.chances)
         order = np.argsort(-logits, axis=-1)[:, : chosen + 1]
         ranked = np.take_along_axis(logits, order, axis=-1)
@@ -90,7 +90,7 @@ class Guess:
 class Stream:
     """What a layer streams with: its slots, `guesses` about the layers that follow, and those `about` it.
 
-    `begin` is called before each step, if it is given."""
+    `begin` is called before each step."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -158,8 +158,8 @@ class StreamedExperts(SwitchGLU):
         return self.down_proj(self.activation(up, gate), experts, sorted_indices=in_order).squeeze(-2)
 
 
-class StreamedLinear(SwitchLinear):
-    """A stack of the matrices that are in slots, addressed by expert."""
+class _InSlots:
+    """A stack of the matrices that are in slots, addressed by expert; what multiplies comes after it."""
 
     pool: Pool
 
@@ -168,17 +168,13 @@ class StreamedLinear(SwitchLinear):
         return self.pool.num_experts
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        return super().__call__(x, self.pool.slots_of(indices), sorted_indices)
+        multiply: Any = super()
+        return multiply.__call__(x, self.pool.slots_of(indices), sorted_indices)
 
 
-class StreamedQuantizedLinear(QuantizedSwitchLinear):
-    """A stack of the quantized matrices that are in slots, addressed by expert."""
+class StreamedLinear(_InSlots, SwitchLinear):
+    """Matrices of floats in slots."""
 
-    pool: Pool
 
-    @property
-    def num_experts(self) -> int:
-        return self.pool.num_experts
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        return super().__call__(x, self.pool.slots_of(indices), sorted_indices)
+class StreamedQuantizedLinear(_InSlots, QuantizedSwitchLinear):
+    """Quantized matrices in slots."""
