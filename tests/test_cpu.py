@@ -296,6 +296,20 @@ def test_what_is_compiled_is_kept_by_the_state_of_the_sources(tmp_path: Path) ->
     assert int(count) == 1
 
 
+def test_kernels_just_compiled_give_the_bits_of_kernels_that_were_kept(tmp_path: Path) -> None:
+    script = (
+        "import hashlib, mlx.core as mx, mlx.nn as nn, numpy as np\n"
+        "from mixtral_mlx.cpu import modules\n"
+        "mx.random.seed(0)\n"
+        "matrix = nn.QuantizedLinear(2048, 256, bias=False, group_size=64, bits=4)\n"
+        "x = np.random.default_rng(0).standard_normal((1, 2048), np.float32)\n"
+        "print(hashlib.sha256(modules._Rows.of(x).times(matrix).tobytes()).hexdigest())"
+    )
+    kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    answers = [subprocess.run([sys.executable, "-c", script], env=kept, check=True, capture_output=True) for _ in "12"]
+    assert answers[0].stdout == answers[1].stdout
+
+
 def test_a_cache_that_cannot_be_written_is_done_without() -> None:
     script = "import numpy as np; from mixtral_mlx.cpu import products; products.plan(np.zeros(3, np.uint32), 1, 1)"
     nowhere = {**os.environ, "XDG_CACHE_HOME": "/proc/nowhere"}

@@ -15,8 +15,9 @@ from typing import Any
 import numba
 import platformdirs
 
-compiled = numba.njit(nogil=True, boundscheck=False, fastmath={"reassoc", "contract", "nsz"})
-"""For what kernels call. Sums may be taken in another order, which vectors need; nothing else may change."""
+compiled = numba.njit(nogil=True, boundscheck=False, fastmath={"nsz"})
+"""For what kernels call. The order of sums is as written: a compiler that may choose it chooses another one for code
+that is kept than for code that runs right after it was compiled."""
 
 inlined = numba.njit(inline="always")
 """For what kernels call with numbers that are known: those make straight code."""

@@ -136,10 +136,10 @@ def _arrange_row(out: Any, at: int, step: int, x: Any, first: int, columns: int,
 @compiled
 def _sum_groups(sums: Any, at: int, x: Any, first: int, columns: int, group: int) -> None:
     for g in range(columns // group):
-        result = np.float32(0)
-        for k in range(group):
-            result += x[first + g * group + k]
-        sums[at + g] = result
+        result = broadcast(np.float32(0))
+        for k in range(0, group, LANES):
+            result = add(result, load(x, first + g * group + k))
+        sums[at + g] = total(result)
 
 
 @entry

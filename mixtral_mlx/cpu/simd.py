@@ -1,9 +1,7 @@
 """Vectors for numba: what the loop vectorizer cannot be trusted to find is written out with these.
 
 A vector has LANES elements, as many as a register of this processor holds. `f32` is the type of LANES floats, `i32` of
-LANES integers. Everything here is an intrinsic: it becomes a few instructions where it is called. Arrays are flat.
-
-Numba caches compiled kernels by the time stamp of kernels.py alone: after a change here, touch that file."""
+LANES integers. Everything here is an intrinsic: it becomes a few instructions where it is called. Arrays are flat."""
 
 from __future__ import annotations
 
