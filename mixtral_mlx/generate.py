@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +34,8 @@ class Sampling:
     """How to choose tokens and when to stop. A `temperature` of 0 takes the likeliest token each time.
 
     The three penalties look back over the last 20 tokens, as mlx-lm's do. `max_tokens` of None means up to the end of
-    the context. Raises `GenerateError` for values that cannot be."""
+    the context; before `min_tokens` the model cannot end, though a stop string may. Raises `GenerateError` for values
+    that cannot be."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -46,6 +47,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     ignore_eos: bool = False
@@ -73,6 +75,7 @@ _RANGES = (
     ("presence_penalty", -100, 100),
     ("frequency_penalty", -100, 100),
     ("max_tokens", 1, 1 << 31),
+    ("min_tokens", 0, 1 << 31),
     ("top_logprobs", 0, 100),
 )
 
@@ -221,30 +224,55 @@ def _chunks(
     on_prompt: Callable[[int, int], None],
     cancelled: Callable[[], bool],
 ) -> Iterator[Chunk]:
-    clock = _Clock(len(prompt), conversation.resume(prompt))
-    end_tokens = () if sampling.ignore_eos else {*model.args.eos_token_ids, tokenizer.eos_id}
-    detokenizer = tokenizer.detokenizer(prompt)
-    stops = StopStrings(sampling.stop)
-    count = 0
-    for step in _steps(model, prompt, sampling, limit, conversation, on_prompt, cancelled):
+    clock = Clock(len(prompt), conversation.resume(prompt))
+    ends = end_tokens(model, tokenizer)
+    text, count = Text(tokenizer, prompt, sampling, limit, ends), 0
+    for step in _steps(model, prompt, sampling, ends, limit, conversation, on_prompt, cancelled):
         clock.tick()
         count += 1
-        ended = step.token in end_tokens
-        text = stops.feed(detokenizer.finish() if ended else detokenizer.add(step.token))
-        reason = "stop" if ended or stops.hit else "length" if count == limit else None
-        if reason == "length":
-            text += stops.feed(detokenizer.finish())
-            reason = "stop" if stops.hit else reason
-        if reason:
-            text += stops.rest()
-        yield Chunk(text, step.token, step.logprob, step.top_logprobs, reason, clock.usage(count))
+        shown, reason = text.add(step.token)
+        yield Chunk(shown, step.token, step.logprob, step.top_logprobs, reason, clock.usage(count))
         if reason:
             return
-    yield Chunk(stops.feed(detokenizer.finish()) + stops.rest(), None, None, (), "cancelled", clock.usage(count))
+    yield Chunk(text.rest(), None, None, (), "cancelled", clock.usage(count))
+
+
+def end_tokens(model: Model, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids with which the model ends a text."""
+    return frozenset((*model.args.eos_token_ids, tokenizer.eos_id))
+
+
+class Text:
+    """Generated ids → the text that can be shown, and why it ends."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling, limit: int, ends: Collection[int]
+    ) -> None:
+        self.detokenizer = tokenizer.detokenizer(prompt)
+        self.stops = StopStrings(sampling.stop)
+        self.ends = () if sampling.ignore_eos else ends
+        self.left = limit
+
+    def add(self, token: int) -> tuple[str, str | None]:
+        """The text that `token` completes, and the reason if it was the last: "stop" or "length"."""
+        self.left -= 1
+        ended = token in self.ends
+        text = self.stops.feed(self.detokenizer.finish() if ended else self.detokenizer.add(token))
+        reason = "stop" if ended or self.stops.hit else None if self.left else "length"
+        if reason == "length":
+            text += self.stops.feed(self.detokenizer.finish())
+            reason = "stop" if self.stops.hit else reason
+        return text + (self.stops.rest() if reason else ""), reason
+
+    def rest(self) -> str:
+        """What was held back, when nothing more comes."""
+        return self.stops.feed(self.detokenizer.finish()) + self.stops.rest()
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
+    """A token the model chose, its log probability, and the likeliest ids with theirs."""
+
     token: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
@@ -254,13 +282,14 @@ def _steps(
     model: Model,
     prompt: list[int],
     sampling: Sampling,
+    ends: Collection[int],
     limit: int,
     conversation: Conversation,
     on_prompt: Callable[[int, int], None],
     cancelled: Callable[[], bool],
-) -> Iterator[_Step]:
+) -> Iterator[Step]:
     """Up to `limit` tokens after `prompt`; fewer when cancelled."""
-    sampler = _Sampler(sampling, prompt, model.args.vocab_size)
+    sampler = _Following(Sampler(sampling, model.args.vocab_size, ends), prompt)
     try:
         if not _read_prompt(model, prompt, conversation, on_prompt, cancelled):
             return
@@ -272,7 +301,7 @@ def _steps(
             if n < limit and model.runs_ahead:
                 # The next step is under way while this one's token is looked at.
                 following = _launched(model, current, conversation, sampler)
-            step = _step(current)
+            step = taken(current)
             if following is not None:
                 conversation.tokens.append(step.token)
             if n == 1:
@@ -293,7 +322,7 @@ def _steps(
         raise
 
 
-def _launched(model: Model, current: _Sampled, conversation: Conversation, sampler: _Sampler) -> _Sampled:
+def _launched(model: Model, current: Sampled, conversation: Conversation, sampler: _Following) -> Sampled:
     """The step after `current`, begun."""
     following = sampler.sample(model(current[0][None], conversation.cache))
     mx.async_eval(following)
@@ -324,16 +353,15 @@ def _read_prompt(
     return not cancelled()
 
 
-_Sampled = tuple[mx.array, ...]
+Sampled = tuple[mx.array, ...]
 """Token (1,), its logprob (1,), and where asked for the ids and logprobs of the likeliest (K,)."""
 
 
-class _Sampler:
-    """Logits of one step → the next token, on the device, without waiting for it."""
+class Sampler:
+    """Logits → the next token, on the device, without waiting for it. Keeps nothing between tokens."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, vocab_size: int, ends: Collection[int] = ()) -> None:
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        self.drawn = 0
         self.num_top = min(sampling.top_logprobs, vocab_size - 1)
         self.choose = make_sampler(
             temp=sampling.temperature,
@@ -347,19 +375,25 @@ class _Sampler:
             presence_penalty=sampling.presence_penalty or None,
             frequency_penalty=sampling.frequency_penalty or None,
         )
-        self.tokens = mx.array(prompt)
+        self.min_tokens = sampling.min_tokens
+        self.is_end = mx.array([token in ends for token in range(vocab_size)]) if sampling.min_tokens else None
 
-    def sample(self, logits: mx.array) -> _Sampled:
-        logits = logits[:, -1, :].astype(mx.float32)  # (1, V)
+    def sample(self, logits: mx.array, place: int, before: mx.array, allowed: mx.array | None = None) -> Sampled:
+        """logits (1, V) → the token at `place` of the text, counted from 0.
+
+        `before` are ids before it, at least the last 20; they matter where there are penalties. Only tokens that are
+        `allowed` (V,) can come."""
+        logits = logits.astype(mx.float32)
         for process in self.processors:
-            logits = process(self.tokens, logits)
+            logits = process(before, logits)
+        if self.is_end is not None and place < self.min_tokens:
+            logits = mx.where(self.is_end, -mx.inf, logits)
+        if allowed is not None:
+            logits = mx.where(allowed, logits, -mx.inf)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         # Seeding each draw by its place makes a text depend on its seed alone, whatever else draws in between.
-        mx.random.seed((self.seed + self.drawn * 0x9E3779B97F4A7C15) % (1 << 64))
-        self.drawn += 1
+        mx.random.seed((self.seed + place * 0x9E3779B97F4A7C15) % (1 << 64))
         token = self.choose(logprobs)  # (1,)
-        if self.processors:
-            self.tokens = mx.concatenate([self.tokens, token])
         chosen = mx.take_along_axis(logprobs[0], token, axis=0)
         if not self.num_top:
             return token, chosen
@@ -368,10 +402,27 @@ class _Sampler:
         return token, chosen, top, logprobs[0][top]
 
 
-def _step(sampled: _Sampled) -> _Step:
-    """Wait for a step's arrays and take them to Python."""
+class _Following:
+    """Samples one token after the other behind a prompt."""
+
+    def __init__(self, sampler: Sampler, prompt: list[int]) -> None:
+        self.sampler = sampler
+        self.tokens = mx.array(prompt)
+        self.place = 0
+
+    def sample(self, logits: mx.array) -> Sampled:
+        """logits (1, T, V) → what comes after the last of them."""
+        sampled = self.sampler.sample(logits[:, -1, :], self.place, self.tokens)
+        self.place += 1
+        if self.sampler.processors:
+            self.tokens = mx.concatenate([self.tokens, sampled[0]])
+        return sampled
+
+
+def taken(sampled: Sampled) -> Step:
+    """Wait for a token's arrays and take them to Python."""
     token, logprob, *top = (cast(list[Any], array.tolist()) for array in sampled)
-    return _Step(token[0], logprob[0], tuple(zip(*top, strict=True)))
+    return Step(token[0], logprob[0], tuple(zip(*top, strict=True)))
 
 
 class StopStrings:
@@ -409,7 +460,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class _Clock:
+class Clock:
     """Divides the time of a request into reading the prompt and generating."""
 
     def __init__(self, prompt_tokens: int, cached_tokens: int) -> None:

@@ -53,13 +53,19 @@ class Attention(nn.Module):
         keys = self.k_proj(x).reshape(B, T, self.num_kv_heads, -1).swapaxes(1, 2)
         values = self.v_proj(x).reshape(B, T, self.num_kv_heads, -1).swapaxes(1, 2)
 
+        if hasattr(cache, "each"):  # Several sequences side by side, each with a past of its own.
+            out = mx.concatenate(cache.each(self.attend, queries, keys, values, mask), axis=2)
+        else:
+            out = self.attend(queries, keys, values, mask, cache)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> mx.array:
+        """queries (B, H, T, head_dim) over keys and values, put into `cache` first → (B, H, T, head_dim)."""
         offset = cache.offset if cache is not None else 0
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-
-        out = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
+        return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
 
 
 class MoE(nn.Module):
@@ -135,7 +141,10 @@ class Model(nn.Module):
     def __call__(
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
-        hidden = self.model(inputs, cache, input_embeddings)
+        return self.logits(self.model(inputs, cache, input_embeddings))
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden states (.., D) → (.., V)."""
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)
         return self.lm_head(hidden)

@@ -252,17 +252,24 @@ class DecoderLayer(model.DecoderLayer):
             mx.array(rows.times(part)[: B * T].reshape(B, T, -1, attention.head_dim)).swapaxes(1, 2)
             for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(cache, "each"):  # Several sequences side by side, each with a past of its own.
+            out = np.concatenate(cache.each(self._attend, queries, keys, values, mask), axis=1)
+        else:
+            out = self._attend(queries, keys, values, mask, cache)
+        return _Rows.of(out.reshape(B * T, -1)).times(attention.o_proj)[: B * T]
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> Floats:
+        """queries (B, H, T, head) over keys and values, put into `cache` first → (B, T, H, head)."""
+        attention = self.self_attn
         offset = cache.offset if cache is not None else 0
         queries, keys = attention.rope(queries, offset=offset), attention.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if hasattr(cache, "bits"):
             out = scaled_dot_product_attention(queries, keys, values, cache, scale=attention.scale, mask=mask)
-            attended = _numpy(out.swapaxes(1, 2))
-        else:
-            mx.eval(queries, keys, values)
-            attended = _attend(_numpy(queries), _in_rows(keys), _in_rows(values), attention.scale, mask)
-        return _Rows.of(attended.reshape(B * T, -1)).times(attention.o_proj)[: B * T]
+            return _numpy(out.swapaxes(1, 2))
+        mx.eval(queries, keys, values)
+        return _attend(_numpy(queries), _in_rows(keys), _in_rows(values), attention.scale, mask)
 
     def _add_experts(self, hidden: Floats, x: Floats) -> None:
         """hidden (N, D) += what the experts say to x (N, D), weighted by the router."""
