@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..memory import allocation_streams
 from .files import WeightFile
 from .readers import Convert, Load, Piece, Readers
 from .usage import Usage
@@ -272,7 +272,7 @@ class Pool:
 
 def _stacks(tensors: Sequence[StackedTensor], num_slots: int) -> Iterator[mx.array]:
     """Stacks of zeros in which slots lie in their pages as a tensor's experts lie in theirs, if they all can."""
-    streams = _streams()
+    streams = allocation_streams()
     sizes = [num_slots * tensor.nbytes for tensor in tensors]
     # First touch of memory takes longer than anything else here, and so is shared between two cores.
     whole = [mx.zeros((size + _PAGE,), mx.uint8, stream=streams[n % 2]) for n, size in enumerate(sizes)]
@@ -284,12 +284,6 @@ def _stacks(tensors: Sequence[StackedTensor], num_slots: int) -> Iterator[mx.arr
         stack = memory[shift : shift + size].view(tensor.dtype).reshape(num_slots, *tensor.shape)
         mx.eval(stack)
         yield stack
-
-
-@cache
-def _streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
-    # Made once: MLX keeps a thread for every stream, for good.
-    return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
 
 
 def _bytes(array: mx.array) -> memoryview:
