@@ -83,6 +83,8 @@ class Pool:
         """Experts whose reading began on a guess and that nobody has asked for yet."""
         self.unevaluated: list[mx.array] = []
         """What was computed from slots, perhaps not yet: evaluated before one of them is overwritten."""
+        self.table: mx.array | None = None
+        """`slot_of` for MLX, made when it is first asked for after a change."""
         self._rearrange(self.num_slots, {})
         for tensor, array in zip(self.tensors, _stacks(self.tensors, self.num_slots), strict=True):
             self.arrays[tensor.name] = array
@@ -131,7 +133,11 @@ class Pool:
 
     def slots_of(self, experts: mx.array) -> mx.array:
         """Experts that are in memory → their slots."""
-        return experts if self.is_whole else mx.array(self.slot_of)[experts]
+        if self.is_whole:
+            return experts
+        if self.table is None:
+            self.table = mx.array(self.slot_of)
+        return self.table[experts]
 
     def read_ahead(self, guessed: Sequence[int]) -> None:
         """Begin to read the experts `guessed` for the next step, the likeliest first, where slots can be spared."""
@@ -166,12 +172,13 @@ class Pool:
         """Have `num_slots` slots without memory, the experts `kept` in them; returns their slots before and now."""
         self.num_slots = num_slots
         self.slots, self.slot_of = [-1] * num_slots, [-1] * self.num_experts
+        self.table = None
         self.draining: dict[int, Load] = {}
         moves: list[tuple[int, int]] = []
         for expert, old in kept.items():
             new = expert if num_slots == self.num_experts else len(moves)
             moves.append((old, new))
-            self.slots[new], self.slot_of[expert] = expert, new
+            self._assign(expert, new)
         return moves
 
     def _place_some(self, missing: list[int], *, keep: Sequence[int]) -> None:
@@ -187,7 +194,7 @@ class Pool:
         self._evaluate()
         if self.slots[slot] >= 0:
             self._forget(self.slots[slot])
-        self.slots[slot], self.slot_of[expert] = expert, slot
+        self._assign(expert, slot)
         load = Load([self._piece(tensor, expert, slot) for tensor in self.tensors])
         self.loads[expert] = load
         if ahead:
@@ -210,9 +217,12 @@ class Pool:
         view = _bytes(self.arrays[tensor.name])[slot * tensor.nbytes : (slot + 1) * tensor.nbytes]
         return Piece(file, offset, tensor.stored_bytes, view, tensor.convert)
 
+    def _assign(self, expert: int, slot: int) -> None:
+        self.slots[slot], self.slot_of[expert], self.table = expert, slot, None
+
     def _forget(self, expert: int) -> None:
         self.slots[self.slot_of[expert]] = -1
-        self.slot_of[expert] = -1
+        self.slot_of[expert], self.table = -1, None
         self.guessed.discard(expert)
 
     def _cancel(self, expert: int) -> None:
