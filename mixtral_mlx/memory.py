@@ -16,10 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import MixtralError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 NORMAL, WARNING, CRITICAL = 1, 2, 4
 """Levels of memory pressure, numbered as macOS does."""
@@ -262,6 +266,15 @@ def activation_dtype(asked: str, checkpoint: str, *, chip: Callable[[], str] = c
     if checkpoint == "bfloat16" and re.match(r"Apple M[12]\b", chip()):
         return "float16"
     return checkpoint
+
+
+@cache
+def allocation_streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
+    """Two of MLX's streams to make arrays on by turns, so that two cores share the first touch of their memory."""
+    import mlx.core as mx
+
+    # Made once: MLX keeps a thread for every stream, for good.
+    return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
 
 
 @contextmanager

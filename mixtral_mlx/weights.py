@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +31,7 @@ from mlx.utils import tree_flatten
 from . import cpu
 from .budget import Footprint, Plan, fit
 from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
-from .memory import Relief, Step, activation_dtype, default_budget, machine
+from .memory import Relief, Step, activation_dtype, allocation_streams, default_budget, machine
 
 if TYPE_CHECKING:
     from .experts import StackedTensor, Streaming
@@ -662,7 +661,7 @@ def _allocated(tensors: Sequence[Tensor], dtype: str | None) -> Iterator[tuple[T
     """Each tensor with an evaluated array for it; the next two are being made meanwhile.
 
     First touch of memory takes as long as reading into it, so it is shared between cores as well."""
-    streams = _allocation_streams()
+    streams = allocation_streams()
     ahead: deque[tuple[Tensor, mx.array]] = deque()
     for n, tensor in enumerate(tensors):
         array = mx.zeros(tensor.shape, MLX_DTYPES[tensor.dtype_as(dtype)], stream=streams[n % 2])
@@ -677,12 +676,6 @@ def _allocated(tensors: Sequence[Tensor], dtype: str | None) -> Iterator[tuple[T
 def _evaluated(tensor: Tensor, array: mx.array) -> tuple[Tensor, mx.array]:
     mx.eval(array)
     return tensor, array
-
-
-@cache
-def _allocation_streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
-    # Made once: MLX keeps a thread for every stream, for good.
-    return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
 
 
 @contextmanager

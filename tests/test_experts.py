@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,37 @@ def test_streamed_equals_resident_in_every_recipe(tmp_path: Path, recipe: str) -
             assert loaded.dtype == resident.dtype
             for ids in (prompt(9), prompt(17, batch=2)):
                 assert same(answers(loaded.model, ids, 3), answers(resident.model, ids, 3))
+
+
+def assert_streamed_equals_resident(folder: Path, *prompts: np.ndarray) -> None:
+    """With 2 to 8 slots in each layer, reading ahead and on demand."""
+    resident = load(folder).model
+    expected = [answers(resident, ids, 3) for ids in prompts]
+    for slots, layers_ahead in product(range(2, 9), (2, 0)):
+        with streamed(folder, slots, layers_ahead=layers_ahead) as loaded:
+            for ids, logits in zip(prompts, expected, strict=True):
+                assert same(answers(loaded.model, ids, 3), logits), (slots, layers_ahead, ids.shape)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.usefixtures("way")
+def test_streamed_equals_resident_after_600_tokens_at_every_number_of_slots(folder: Path, batch: int) -> None:
+    assert_streamed_equals_resident(folder, prompt(600, batch))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 4])
+def test_streamed_equals_resident_after_5000_tokens_at_every_number_of_slots(folder: Path, batch: int) -> None:
+    assert_streamed_equals_resident(folder, prompt(5000, batch))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.usefixtures("way")
+def test_streamed_equals_resident_in_every_recipe_at_every_number_of_slots(tmp_path: Path, recipe: str) -> None:
+    folder = write_tiny(tmp_path / "tiny", RECIPES[recipe], tokenizer=None)
+    assert_streamed_equals_resident(folder, prompt(1), prompt(17, batch=4), prompt(600))
 
 
 BATCHES = st.tuples(st.just("tokens"), st.integers(1, 4), st.integers(1, 12), st.integers(0, 9))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..memory import allocation_streams
 from .files import WeightFile
 from .readers import Convert, Load, Piece, Readers
 from .usage import Usage
@@ -83,6 +83,8 @@ class Pool:
         """Experts whose reading began on a guess and that nobody has asked for yet."""
         self.unevaluated: list[mx.array] = []
         """What was computed from slots, perhaps not yet: evaluated before one of them is overwritten."""
+        self.table: mx.array | None = None
+        """`slot_of` for MLX, made when it is first asked for after a change."""
         self._rearrange(self.num_slots, {})
         for tensor, array in zip(self.tensors, _stacks(self.tensors, self.num_slots), strict=True):
             self.arrays[tensor.name] = array
@@ -131,7 +133,11 @@ class Pool:
 
     def slots_of(self, experts: mx.array) -> mx.array:
         """Experts that are in memory → their slots."""
-        return experts if self.is_whole else mx.array(self.slot_of)[experts]
+        if self.is_whole:
+            return experts
+        if self.table is None:
+            self.table = mx.array(self.slot_of)
+        return self.table[experts]
 
     def read_ahead(self, guessed: Sequence[int]) -> None:
         """Begin to read the experts `guessed` for the next step, the likeliest first, where slots can be spared."""
@@ -166,12 +172,13 @@ class Pool:
         """Have `num_slots` slots without memory, the experts `kept` in them; returns their slots before and now."""
         self.num_slots = num_slots
         self.slots, self.slot_of = [-1] * num_slots, [-1] * self.num_experts
+        self.table = None
         self.draining: dict[int, Load] = {}
         moves: list[tuple[int, int]] = []
         for expert, old in kept.items():
             new = expert if num_slots == self.num_experts else len(moves)
             moves.append((old, new))
-            self.slots[new], self.slot_of[expert] = expert, new
+            self._assign(expert, new)
         return moves
 
     def _place_some(self, missing: list[int], *, keep: Sequence[int]) -> None:
@@ -187,7 +194,7 @@ class Pool:
         self._evaluate()
         if self.slots[slot] >= 0:
             self._forget(self.slots[slot])
-        self.slots[slot], self.slot_of[expert] = expert, slot
+        self._assign(expert, slot)
         load = Load([self._piece(tensor, expert, slot) for tensor in self.tensors])
         self.loads[expert] = load
         if ahead:
@@ -210,9 +217,12 @@ class Pool:
         view = _bytes(self.arrays[tensor.name])[slot * tensor.nbytes : (slot + 1) * tensor.nbytes]
         return Piece(file, offset, tensor.stored_bytes, view, tensor.convert)
 
+    def _assign(self, expert: int, slot: int) -> None:
+        self.slots[slot], self.slot_of[expert], self.table = expert, slot, None
+
     def _forget(self, expert: int) -> None:
         self.slots[self.slot_of[expert]] = -1
-        self.slot_of[expert] = -1
+        self.slot_of[expert], self.table = -1, None
         self.guessed.discard(expert)
 
     def _cancel(self, expert: int) -> None:
@@ -272,7 +282,7 @@ class Pool:
 
 def _stacks(tensors: Sequence[StackedTensor], num_slots: int) -> Iterator[mx.array]:
     """Stacks of zeros in which slots lie in their pages as a tensor's experts lie in theirs, if they all can."""
-    streams = _streams()
+    streams = allocation_streams()
     sizes = [num_slots * tensor.nbytes for tensor in tensors]
     # First touch of memory takes longer than anything else here, and so is shared between two cores.
     whole = [mx.zeros((size + _PAGE,), mx.uint8, stream=streams[n % 2]) for n, size in enumerate(sizes)]
@@ -284,12 +294,6 @@ def _stacks(tensors: Sequence[StackedTensor], num_slots: int) -> Iterator[mx.arr
         stack = memory[shift : shift + size].view(tensor.dtype).reshape(num_slots, *tensor.shape)
         mx.eval(stack)
         yield stack
-
-
-@cache
-def _streams() -> tuple[mx.ThreadLocalStream, mx.ThreadLocalStream]:
-    # Made once: MLX keeps a thread for every stream, for good.
-    return mx.new_thread_local_stream(mx.cpu), mx.new_thread_local_stream(mx.cpu)
 
 
 def _bytes(array: mx.array) -> memoryview:
