@@ -262,7 +262,7 @@ def test_ten_thousand_prompts_never_take_more_than_the_cap() -> None:
         cache = KVCache()
         cache.state = key[..., :length, :], key[..., :length, :], length
         prefixes.keep(FLOATS, [start, *chat[: length - 1]], [cache])
-        held = sum(entry.nbytes for entry in prefixes._entries.values())
+        held = sum(entry.frozen.nbytes for entry in prefixes._entries.values())
         assert prefixes.nbytes == held <= prefixes.most_bytes
 
 
