@@ -121,9 +121,9 @@ def test_what_is_in_memory_is_not_read_from_disk(tmp_path: Path) -> None:
     assert prefixes.find(FLOATS, chat)
     assert disk.statistics.read == 0
     prefixes.clear()
-    found = prefixes.find(FLOATS, chat, multiple_of=100)
+    found = prefixes.find(FLOATS, chat, multiple_of=50)
     assert found
-    assert found[0] == 300
+    assert found[0] == 3 * B // 50 * 50
     assert prefixes.find(FLOATS, chat[: 3 * B])
     assert disk.statistics.read == 3
 
@@ -230,7 +230,7 @@ def test_the_folder_never_takes_more_than_the_cap(tmp_path: Path) -> None:
     numbers, most_bytes = random.Random(0), 12 * FILE_BYTES
     blocks = Blocks(tmp_path, most_bytes, "m")
     system, kept = prompt(B), frozen(6 * B)
-    for n in range(60):
+    for n in range(30):
         chat = system + prompt(5 * B, seed=n % 7)
         blocks.write(FLOATS, chat[: numbers.randrange(1, 7) * B], kept)
         blocks.close()
@@ -284,7 +284,7 @@ def test_two_on_one_folder_use_what_the_other_wrote_and_survive_what_it_removed(
     assert one.statistics.failed == other.statistics.failed == 0
 
 
-@pytest.mark.parametrize("moment", ["fsync", "utime", "rename"])
+@pytest.mark.parametrize("moment", ["fsync", "rename"])
 def test_killed_while_writing_it_leaves_no_half_block(tmp_path: Path, moment: str) -> None:
     script = f"""
 import os, sys
@@ -298,7 +298,7 @@ blocks.close(60)
 """
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert killed.returncode == 9
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"] if moment != "utime" else True
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
     blocks = Blocks(tmp_path, PLAIN, "m")
     assert list(tmp_path.iterdir()) == []
     assert blocks.nbytes == 0
@@ -372,6 +372,15 @@ def test_a_slow_disk_stalls_neither_requests_nor_the_end(tmp_path: Path) -> None
     prefixes.disk.close(timeout_s=0.05)
     assert time.perf_counter() - start < 5
     assert prefixes.disk.statistics.skipped >= 60
+
+
+def test_what_waits_when_time_is_up_is_left_out_and_later_prompts_are_written(tmp_path: Path) -> None:
+    blocks = Blocks(tmp_path, PLAIN, "m")
+    blocks.write(FLOATS, prompt(9 * B), frozen(9 * B))
+    blocks.close(timeout_s=0)
+    blocks.write(FLOATS, prompt(B, seed=1), frozen(B))
+    blocks.close(timeout_s=60)
+    assert length_in(blocks, prompt(B, seed=1)) == B
 
 
 @pytest.mark.usefixtures("stuck")
