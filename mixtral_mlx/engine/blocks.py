@@ -94,9 +94,8 @@ class Blocks:
         """As many of the first `tokens` as are here and whole, in memory of their own. On the model's thread only."""
         keys = self._keys(kind, tokens[: self.available(kind, tokens)])
         form = self._guarded(keys[0], lambda: _read_form(self._path(keys[0]), keys[0], self.model)) if keys else None
-        if form is None:
+        if form is None or not (keys := self._of_size(keys, form)):
             return None
-        keys = self._of_size(keys, form)
         frozen = Frozen.zeros(form, len(keys) * BLOCK_TOKENS)
         views = frozen.views()
 
