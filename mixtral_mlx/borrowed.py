@@ -38,7 +38,7 @@ def _put_in_place(name: str) -> None:
 _put_in_place("mlx_lm")
 
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention  # noqa: E402
-from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache  # noqa: E402
 from mlx_lm.models.rope_utils import initialize_rope  # noqa: E402
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear  # noqa: E402
 from mlx_lm.sample_utils import make_logits_processors, make_sampler  # noqa: E402
@@ -47,6 +47,7 @@ __all__ = [
     "KVCache",
     "QuantizedKVCache",
     "QuantizedSwitchLinear",
+    "RotatingKVCache",
     "SwitchGLU",
     "SwitchLinear",
     "create_attention_mask",
