@@ -27,7 +27,7 @@ class ToolChoice:
     """Whether to call functions: "auto" leaves it to the model, "none" forbids it, "required" makes it call one.
 
     With `function` it must be that one. With `parallel` it may call several at once. What must be called is always
-    held to the functions' schemas; `strict` holds calls to them that the model makes by itself too."""
+    held to this and to the functions' schemas; `strict` holds calls to them that the model makes by itself too."""
 
     mode: Mode = "auto"
     function: str = ""
@@ -65,7 +65,7 @@ def tool_rules(tools: Sequence[Tool], choice: ToolChoice, tokenizer: Tokenizer) 
     """What follows from `choice` among `tools`. Raises `ToolError`, and `PromptError` if the tokenizer has no tools.
 
     For "none" the model is not told of the tools either: told of them, but kept from the token that begins a call, it
-    would write calls as text."""
+    might write calls as text."""
     _check(tools, choice)
     start = tokenizer.tool_calls_id
     if choice.mode == "none":
@@ -74,11 +74,11 @@ def tool_rules(tools: Sequence[Tool], choice: ToolChoice, tokenizer: Tokenizer) 
         return ToolRules()
     if start is None:
         refuse_tools("Tools were given")
-    callable_ = [tool for tool in tools if choice.function in ("", tool.name)]
+    allowed = [tool for tool in tools if choice.function in ("", tool.name)]
     if choice.mode == "required":
-        return ToolRules(tuple(tools), _grammar(callable_, choice, "start: calls", start))
+        return ToolRules(tuple(tools), _grammar(allowed, choice, "start: calls", start))
     if choice.strict:
-        return ToolRules(tuple(tools), _grammar(callable_, choice, "start: TEXT calls?\nTEXT: /(.|\\n)*/", start))
+        return ToolRules(tuple(tools), _grammar(allowed, choice, "start: TEXT calls?\nTEXT: /(.|\\n)*/", start))
     return ToolRules(tuple(tools))
 
 
@@ -221,7 +221,10 @@ class ToolCallStream:
             return (yield from _value(first, lambda value, char: self._add_arguments(call, value, char)))
         if key == "name" or (key == "id" and first == '"'):
             text, char = yield from _string(first)
-            self._add_name(call, text) if key == "name" else call.add_id(text)
+            if key == "name":
+                self._add_name(call, text)
+            elif not call.id and CALL_ID.fullmatch(text):
+                call.id = text
             return char
         return (yield from _value(first, _ignore))
 
@@ -284,15 +287,9 @@ class _Call:
     has_arguments: bool = False
     keys: set[str] = field(default_factory=set)
 
-    def add_id(self, text: str) -> None:
-        if not self.id and CALL_ID.fullmatch(text):
-            self.id = text
-
-
-# Reading JSON as it comes: a reader is sent the characters one by one.
 
 _T = TypeVar("_T")
-_Reader = Generator[None, str, _T]
+_Reader = Generator[None, str, _T]  # Is sent the characters one by one.
 _SPACE = " \t\n\r"
 _SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null")
 _OF_SCALARS = frozenset("+-.0123456789eEtrufalsn")
