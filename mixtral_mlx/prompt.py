@@ -31,8 +31,8 @@ Version = Literal["v1", "v3"]
 
 _MAX_BYTES = 16 << 20
 _ROLES = ("system", "user", "assistant", "tool")
-_CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
-_FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _SPACE = "▁"  # how pieces write a space
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _GET_TOKENIZER = "Copy tokenizer.model from the folder the weights came from, or download it again."
@@ -235,19 +235,20 @@ def parse_tool_calls(text: str, start: int | None) -> tuple[str, list[ToolCall]]
 def _parsed_call(entry: dict[str, Any]) -> ToolCall:
     """One call as the model wrote it; raises KeyError, TypeError or ValueError when it is none."""
     name, arguments, given = entry["name"], entry.get("arguments"), entry.get("id")
-    if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
+    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
         raise ValueError(name)
     if arguments is None or isinstance(arguments, dict):
         arguments = json.dumps(arguments or {}, ensure_ascii=False)
     if not isinstance(arguments, str):
         raise TypeError(arguments)
     arguments.encode()  # half a surrogate pair could never be prompted with again
-    if not isinstance(given, str) or not _CALL_ID.fullmatch(given):
-        given = _new_call_id()
+    if not isinstance(given, str) or not CALL_ID.fullmatch(given):
+        given = new_call_id()
     return ToolCall(name, arguments, given)
 
 
-def _new_call_id() -> str:
+def new_call_id() -> str:
+    """An id for a call that came without one."""
     # Random, because a client may tell apart by id two calls that ask for the same thing.
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
@@ -268,7 +269,7 @@ def _check_chat(messages: Sequence[Message], tools: Sequence[Tool], version: Ver
         _check_text(tool.name, "A tool's name")
         _check_text(tool.description, f"The description of the tool {tool.name}")
     if tools and version == "v1":
-        _refuse_tools("Tools were given")
+        refuse_tools("Tools were given")
     if messages[-1].role == "assistant":
         raise PromptError(
             "The conversation ends with an assistant message, so there is nothing to answer.",
@@ -286,7 +287,7 @@ def _check_message(message: Message, where: str, version: Version) -> None:
     for text in (message.content, message.tool_call_id, message.name):
         _check_text(text, where)
     if version == "v1" and (message.role == "tool" or message.tool_calls):
-        _refuse_tools(f"{where} is about a tool")
+        refuse_tools(f"{where} is about a tool")
     if message.tool_calls and message.role != "assistant":
         raise PromptError(f"{where} calls tools; only an assistant message may.", code="misplaced_tool_calls")
     if message.role == "assistant":
@@ -328,7 +329,8 @@ def _check_text(text: object, where: str) -> None:
         ) from error
 
 
-def _refuse_tools(what: str) -> NoReturn:
+def refuse_tools(what: str) -> NoReturn:
+    """Raise the `PromptError` for tools and a tokenizer that has no tokens for them."""
     raise PromptError(
         f"{what}, but this model's tokenizer (v1, as in Mixtral 8x7B) has no tool tokens.",
         code="tools_not_supported",
@@ -385,7 +387,7 @@ def _numbered(calls: Sequence[ToolCall], message: int) -> tuple[ToolCall, ...]:
     """The calls with ids the model can read: their own, or ones made from these or from their place."""
     return tuple(
         call
-        if _CALL_ID.fullmatch(call.id)
+        if CALL_ID.fullmatch(call.id)
         else replace(call, id=hashlib.sha256((call.id or f"{message}.{place}").encode()).hexdigest()[:9])
         for place, call in enumerate(calls)
     )
