@@ -10,6 +10,7 @@
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
+    engine     parts of what will run many prompts at once
     session    a conversation: its messages, settings and commands
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words
