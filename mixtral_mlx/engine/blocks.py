@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, TypeVar
@@ -92,7 +93,7 @@ class Blocks:
 
     def read(self, kind: Kind, tokens: Sequence[int]) -> Frozen | None:
         """As many of the first `tokens` as are here and whole, in memory of their own. On the model's thread only."""
-        keys = self._keys(kind, tokens[: self.available(kind, tokens)])
+        keys = self._keys(kind, tokens)
         form = self._guarded(keys[0], lambda: _read_form(self._path(keys[0]), keys[0], self.model)) if keys else None
         if form is None or not (keys := self._of_size(keys, form)):
             return None
@@ -242,7 +243,7 @@ class Blocks:
     def _of_size(self, keys: list[bytes], form: Form) -> list[bytes]:
         """The first of `keys`, as far as their files are as long as the form says: only for these is there memory."""
         for n, key in enumerate(keys):
-            if self._guarded(key, lambda key=key: _check_size(self._path(key), form)) is None:  # type: ignore[misc]
+            if self._guarded(key, partial(_check_size, self._path(key), form)) is None:
                 return keys[:n]
         return keys
 
@@ -368,7 +369,10 @@ class _DamagedError(Exception):
 
 
 def _check_size(path: Path, form: Form) -> bool:
-    size = path.lstat().st_size
+    status = path.lstat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError
     if not 0 <= size - BLOCK_TOKENS * form.token_bytes - _START.size <= _MAX_HEADER_BYTES:
         raise _DamagedError(size)
     return True
