@@ -253,12 +253,12 @@ class DecoderLayer(model.DecoderLayer):
             for part in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if hasattr(cache, "each"):  # Several sequences side by side, each with a past of its own.
-            out = np.concatenate(cache.each(self._attend, queries, keys, values, mask), axis=1)
+            out = np.concatenate(cache.each(self._attend_sequence, queries, keys, values, mask), axis=1)
         else:
-            out = self._attend(queries, keys, values, mask, cache)
+            out = self._attend_sequence(queries, keys, values, mask, cache)
         return _Rows.of(out.reshape(B * T, -1)).times(attention.o_proj)[: B * T]
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> Floats:
+    def _attend_sequence(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, cache: Any) -> Floats:
         """queries (B, H, T, head) over keys and values, put into `cache` first → (B, T, H, head)."""
         attention = self.self_attn
         offset = cache.offset if cache is not None else 0
