@@ -24,6 +24,9 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"budget", "config", "cpu", "experts", "memory", "model"},
     "prompt": {"config"},
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
+    "experts": {"borrowed", "config", "memory", "model"},
+    "cpu": {"borrowed", "experts", "model"},
+    "engine": {"borrowed", "config", "model", "prompt", "weights"},
 }
 
 
@@ -80,11 +83,14 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize("module", LAYERS)
 def test_imports_point_downwards_only(module: str) -> None:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    is_package = (PACKAGE / module).is_dir()
+    files = (PACKAGE / module).glob("*.py") if is_package else [PACKAGE / f"{module}.py"]
     imported = {
-        node.module.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        (node.module or name.name).split(".")[0]
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 + is_package
+        for name in node.names
     }
     assert imported <= LAYERS[module]
 
