@@ -306,8 +306,10 @@ def test_kernels_just_compiled_give_the_bits_of_kernels_that_were_kept(tmp_path:
         "print(hashlib.sha256(modules._Rows.of(x).times(matrix).tobytes()).hexdigest())"
     )
     kept = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    answers = [subprocess.run([sys.executable, "-c", script], env=kept, check=True, capture_output=True) for _ in "12"]
-    assert answers[0].stdout == answers[1].stdout
+    compiled, loaded = (
+        subprocess.run([sys.executable, "-c", script], env=kept, check=True, capture_output=True) for _ in range(2)
+    )
+    assert compiled.stdout == loaded.stdout
 
 
 def test_a_cache_that_cannot_be_written_is_done_without() -> None:

@@ -161,6 +161,13 @@ def test_the_end_token_ends_and_its_text_is_not_shown(tokenizer: Tokenizer) -> N
     assert chunks[-1].usage.completion_tokens == len(chunks)
 
 
+def test_before_min_tokens_the_model_cannot_end(tokenizer: Tokenizer) -> None:
+    early = say(tokenizer, "Bye")
+    late = say(tokenizer, "Bye", min_tokens=len(early) + 2, max_tokens=len(early) + 5)
+    assert len(late) == len(early) + 3
+    assert [chunk.token == tokenizer.eos_id for chunk in late] == [False] * (len(early) + 2) + [True]
+
+
 def test_max_tokens_and_the_context_end_with_length(model: Model, tokenizer: Tokenizer) -> None:
     assert [len(c) for c in [run(model, tokenizer, max_tokens=5)]] == [5]
     filled = run(model, tokenizer, max_tokens=None, conversation=Conversation(model, context=len(PROMPT) + 3))
