@@ -7,6 +7,7 @@ knows models, MLX, prompts or chats."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ import numpy as np
 from . import proof
 from .schemas import MOST_DEPTH, GrammarError, check_schema, schemas_within
 from .vocabulary import Vocabulary
+
+__all__ = ["Format", "Grammar", "GrammarError", "Limits", "Matcher", "Vocabulary", "compiled"]
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -77,6 +80,7 @@ class Matcher:
     def __init__(self, inner: LLMatcher, vocabulary: Vocabulary, limits: Limits, *, begins: bool) -> None:
         self._inner, self._vocabulary, self._limits, self._begins = inner, vocabulary, limits, begins
         self._count = 0
+        self._ended = False
 
     def mask(self) -> np.ndarray:
         """The tokens allowed now, (V,) bools; an end token where the text may end.
@@ -86,6 +90,8 @@ class Matcher:
         bits = self._inner.compute_bitmask()
         self._check(time.thread_time() - before)
         mask = self._vocabulary.bools(bits)
+        if self._ended:
+            mask[:] = False
         for token in self._vocabulary.end_tokens:
             mask[token] = self.may_end
         if self._begins and not self._count:
@@ -97,7 +103,12 @@ class Matcher:
     def advance(self, token: int) -> None:
         """The text goes on with `token`, which must be allowed."""
         ends = token in self._vocabulary.end_tokens
-        self._inner.consume_token(self._vocabulary.eos_id if ends else token)
+        if self._ended or (ends and not self.may_end):
+            raise GrammarError(f"The text {'has ended' if self._ended else 'may not end yet'}.", code="bad_grammar")
+        if ends:
+            self._ended = True
+            return
+        self._inner.consume_token(token)
         self._check()
         self._count += 1
 
@@ -109,7 +120,7 @@ class Matcher:
     @property
     def must_end(self) -> bool:
         """Whether nothing but its end may follow."""
-        return self._inner.is_stopped()
+        return self._ended or self._inner.is_stopped()
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as far as the grammar leaves no choice."""
@@ -119,14 +130,16 @@ class Matcher:
 
     def valid(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` `advance` would take, one after the other, before any end."""
-        ends = (place for place, token in enumerate(tokens) if token in self._vocabulary.end_tokens)
-        tokens = list(tokens[: next(ends, len(tokens))])
+        tokens = list(itertools.takewhile(self._vocabulary.is_text, tokens))
         if self._begins and not self._count and tokens and tokens[0] in self._vocabulary.kept_spaces:
             return 0
         return self._inner.validate_tokens(tokens)
 
     def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens."""
+        """Take back the last `count` tokens, an end being one."""
+        if count and self._ended:
+            self._ended = False
+            count -= 1
         assert 0 <= count <= self._count
         self._inner.rollback(count)
         self._check()

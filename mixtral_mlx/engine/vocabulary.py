@@ -21,12 +21,15 @@ class Vocabulary:
         from llguidance import LLTokenizer
 
         self.width = width
-        self.eos_id = tokenizer.eos_id
         self.end_tokens = frozenset((tokenizer.eos_id, *end_tokens))
         source = _Source(tokenizer)
         self.compiler = LLTokenizer(source)  # type: ignore[arg-type]
         # Spaces that a detokenizer keeps where it drops a first one: those written as a byte, not as a piece.
         self.kept_spaces = [n for n, text in enumerate(source.tokens) if text == b" " and n != source(" ")[0]]
+
+    def is_text(self, token: int) -> bool:
+        """Whether a token is one of the tokenizer's, and no end."""
+        return 0 <= token < self.size and token not in self.end_tokens
 
     def bools(self, bits: bytes) -> np.ndarray:
         """llguidance's packed mask → (V,) bools."""
