@@ -132,12 +132,20 @@ class Tokenizer:
 
         SentencePiece writes a text's first word with a space before it. That space is dropped where a text
         begins: after nothing, a control token, or v1's written `[/INST]`. Elsewhere it is real."""
-        return Detokenizer(self, begins=self._begins(after))
+        return Detokenizer(self, begins=self.begins(after))
 
-    def _begins(self, after: Sequence[int]) -> bool:
+    def begins(self, after: Sequence[int]) -> bool:
+        """Whether a text begins after the ids `after`, so that its first space is dropped."""
         if not after or self._is_control(after[-1]):
             return True
         return self.version == "v1" and self.decode(after[-8:]).endswith("[/INST]")
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token adds to a text; None for those that are no text: control tokens and the unknown one."""
+        if self._is_control(token) or self._pieces.is_unknown(token):
+            return None
+        surface = self._surface(token)
+        return surface if isinstance(surface, bytes) else surface.replace(_SPACE, " ").encode()
 
     def _is_control(self, token: int) -> bool:
         return 0 <= token < self.vocab_size and bool(self._pieces.is_control(token))
