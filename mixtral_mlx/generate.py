@@ -378,14 +378,17 @@ class Sampler:
         self.min_tokens = sampling.min_tokens
         self.is_end = mx.array([token in ends for token in range(vocab_size)]) if sampling.min_tokens else None
 
-    def sample(self, logits: mx.array, place: int, before: mx.array) -> Sampled:
+    def sample(self, logits: mx.array, place: int, before: mx.array, allowed: mx.array | None = None) -> Sampled:
         """logits (1, V) → the token at `place` of the text, counted from 0.
 
-        `before` are ids before it, at least the last 20; they matter where there are penalties."""
+        `before` are ids before it, at least the last 20; they matter where there are penalties. `allowed` (V,) says
+        which tokens may come there, whatever `min_tokens` says."""
         logits = logits.astype(mx.float32)
         for process in self.processors:
             logits = process(before, logits)
-        if self.is_end is not None and place < self.min_tokens:
+        if allowed is not None:
+            logits = mx.where(allowed, logits, -mx.inf)
+        elif self.is_end is not None and place < self.min_tokens:
             logits = mx.where(self.is_end, -mx.inf, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         # Seeding each draw by its place makes a text depend on its seed alone, whatever else draws in between.

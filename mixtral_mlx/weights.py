@@ -248,7 +248,7 @@ def _built(config: Config, arrays: list[tuple[str, mx.array]], streaming: Stream
     model.eval()
     if streaming:
         streaming.attach(model)
-        streaming.before_step = _relief(streaming).check
+        streaming.before_step = relief(streaming).check
     return model
 
 
@@ -270,10 +270,11 @@ def _plan(
     return fit(asked, default_budget(machine(ask_metal=True)) if memory is None else memory, context=context)
 
 
-def _relief(streaming: Streaming) -> Relief:
-    """What a streamed model gives up when the machine runs short of memory."""
+def relief(streaming: Streaming | None, *between: Step) -> Relief:
+    """What is given up when the machine runs short of memory: MLX's cache, what is `between`, then expert slots."""
     clear = Step("MLX's cache", _clear_cache, lambda: False)
-    return Relief([clear, Step("a slot per layer", streaming.give_up, streaming.take_back)])
+    slots = [Step("a slot per layer", streaming.give_up, streaming.take_back)] if streaming else []
+    return Relief([clear, *between, *slots])
 
 
 def _clear_cache() -> bool:

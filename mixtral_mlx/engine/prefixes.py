@@ -92,6 +92,17 @@ class Prefixes:
         """Drop everything."""
         self.shrink_to(0)
 
+    def finish_writing(self, timeout_s: float) -> None:
+        """Write to disk what is on its way there, as far as that takes no longer than `timeout_s`."""
+        if self.disk:
+            self.disk.close(timeout_s)
+
+    def drop_all(self) -> bool:
+        """Drop everything; False where there is nothing."""
+        held = bool(self._entries)
+        self.clear()
+        return held
+
     def drop_oldest(self) -> bool:
         """Drop what was not used for longest; False where there is nothing left."""
         if not self._entries:

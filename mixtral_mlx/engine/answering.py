@@ -1,0 +1,265 @@
+"""A request while it is answered: what was read and said so far, what goes into the next pass, and what came of it.
+
+Knows one sequence only; which of them share a pass is the worker's business."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..borrowed import KVCache, QuantizedKVCache, RotatingKVCache
+from ..generate import Clock, Sampled, Sampler, Step, Text, Usage, end_tokens
+from . import request as events
+from .batch import Part
+from .drafts import PassSeconds, Speculation
+from .frozen import Kind
+from .reply import Channel
+from .request import Done, PromptProgress, Request, Token
+from .tools import ToolCallStream
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..prompt import Tokenizer
+    from .grammar import Grammar, Matcher
+
+WINDOW_CHUNK_TOKENS = 256
+"""A window is read so many tokens at a time, whatever else is in the pass: where it turns, its sums depend on that."""
+_KEPT_AT_START = 4  # What a window never gives up, as mlx-lm's: the model leans on its first tokens.
+_LOOK_BACK = 20  # So far penalties look, as mlx-lm's do.
+_MOST_DRAFTED = 16
+_FORBIDDEN = -1e9
+
+
+class Answering:
+    """One request on its way. The first `read` of its `tokens` are in its `cache`."""
+
+    def __init__(
+        self,
+        request: Request,
+        channel: Channel,
+        limit: int,
+        grammar: Future[Grammar] | None,
+        passes: PassSeconds,
+        adapter: str = "",
+    ) -> None:
+        self.request = request
+        self.channel = channel
+        self.limit = limit
+        self.kind = Kind(request.kv_bits, request.max_kv, adapter)
+        self.tokens = list(request.prompt)
+        self.cache: list[Any] = []
+        self.read = 0
+        self.cached = 0
+        self.finished = self.failed = self.has_started = False
+        self._grammar = grammar
+        self._passes = passes
+        self._asked_at = time.perf_counter()
+        self._queued_seconds = 0.0
+        self._clock: Clock | None = None
+        self._draft: list[int] = []
+        self._shown = 0
+
+    @property
+    def place(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether tokens are still to be read before the next can be generated."""
+        return self.read < len(self.tokens) - 1
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it could start: its grammar, if it has one, is compiled, or has failed to."""
+        return self._grammar is None or self._grammar.done()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens its cache may come to hold."""
+        most = len(self.request.prompt) + self.limit
+        return min(most, self.request.max_kv + WINDOW_CHUNK_TOKENS) if self.request.max_kv else most
+
+    def start(self, model: Model, tokenizer: Tokenizer) -> None:
+        """Make ready what generating needs; raises what compiling its grammar did."""
+        request, ends = self.request, end_tokens(model, tokenizer)
+        sampling = request.sampling
+        banned = dict.fromkeys(request.rules.banned_tokens, _FORBIDDEN)
+        self._matcher: Matcher | None = self._grammar.result().matcher() if self._grammar else None
+        self._sampler = Sampler(
+            replace(sampling, logit_bias={**sampling.logit_bias, **banned}) if banned else sampling,
+            model.args.vocab_size,
+            ends,
+        )
+        self._ends = sorted(ends)
+        self._text = Text(tokenizer, request.prompt, sampling, self.limit, ends)
+        self._speculation = Speculation(self.tokens, self._passes) if request.speculate else None
+        self._calls: ToolCallStream | None = None
+        self._queued_seconds = time.perf_counter() - self._asked_at
+        self.has_started = True
+
+    def begin_reading(self, model: Model, found: tuple[int, list[Any]] | None) -> None:
+        """Start at the beginning of the tokens, or where what was `found` of them ends."""
+        self.read, self.cache = found or (0, new_caches(model, self.request))
+        if self._clock is None:
+            self.cached = min(self.read, len(self.request.prompt) - 1)
+            self._clock = Clock(len(self.request.prompt), self.cached)
+            self._report(self.read)
+            if self.request.echo:
+                self.channel.put(events.Text(self.request.echo))
+
+    def pause(self) -> None:
+        """Give up the cache; the tokens are read again when there is room."""
+        self.cache, self.read = [], 0
+
+    # What goes into a pass.
+
+    def to_read(self, most: int) -> Part:
+        """The next tokens to be read, `most` at most, or as many as a window always takes."""
+        most = WINDOW_CHUNK_TOKENS if self.request.max_kv else most
+        return Part(self.tokens[self.read : min(self.read + most, len(self.tokens) - 1)], self.cache, 0)
+
+    def to_decode(self, most_drafted: int, other_rows: int) -> Part:
+        """The last token, and guesses at what follows it, which the same pass checks.
+
+        `most_drafted` is how many tokens may be guessed from the text; what a grammar leaves no choice about comes
+        in any case. The pass has `other_rows` of other sequences."""
+        self._draft = self._guessed(most_drafted, other_rows)
+        return Part([self.tokens[-1], *self._draft], self.cache, 1 + len(self._draft))
+
+    def _guessed(self, most_drafted: int, other_rows: int) -> list[int]:
+        if self.request.max_kv:
+            return []  # A window that has turned cannot take tokens back.
+        most = min(_MOST_DRAFTED, self.limit - self.place - 1)
+        guess = self._matcher.forced()[:most] if self._matcher else []
+        if not guess and self._speculation:
+            guess = self._speculation.draft(min(most, most_drafted), other_rows)
+        return guess[: self._matcher.valid(guess)] if guess and self._matcher else guess
+
+    # What comes of it.
+
+    def has_read(self, count: int) -> None:
+        """So many tokens more are in the cache."""
+        self.read += count
+        if self.place == 0:
+            self._report(self.read)
+
+    def sample(self, logits: mx.array) -> list[Sampled]:
+        """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""
+        return [
+            self._sampler.sample(logits[n : n + 1], self.place + n, self._before(n), allowed)
+            for n, allowed in enumerate(self._allowed())
+        ]
+
+    def _before(self, guesses: int) -> mx.array:
+        if not self._sampler.processors:
+            return mx.array([], mx.uint32)
+        return mx.array([*self.tokens[-_LOOK_BACK:], *self._draft[:guesses]])
+
+    def _allowed(self) -> list[mx.array | None]:
+        """For each place the tokens that may come there, or None where all may."""
+        if self._matcher is None:
+            return [None] * (1 + len(self._draft))
+        masks = [self._mask(self._matcher, self.place)]
+        for n, token in enumerate(self._draft, 1):
+            self._matcher.advance(token)
+            masks.append(self._mask(self._matcher, self.place + n))
+        self._matcher.rollback(len(self._draft))
+        return [mx.array(mask) for mask in masks]
+
+    def _mask(self, matcher: Matcher, place: int) -> np.ndarray:
+        """What the grammar allows; no end before `min_tokens` unless nothing else may come."""
+        mask = matcher.mask()
+        if place < self.request.sampling.min_tokens:
+            longer = mask.copy()
+            longer[self._ends] = False
+            return longer if longer.any() else mask
+        return mask
+
+    def take(self, steps: Sequence[Step]) -> int:
+        """Say the tokens up to the first that was not guessed; returns how many. The cache keeps what was right."""
+        said = 0
+        for step, guess in zip(steps, [*self._draft, None], strict=True):
+            said += 1
+            if not self._say(step) or step.token != guess:
+                break
+        if surplus := len(steps) - said:
+            for layer in self.cache:
+                layer.trim(surplus)
+        self.read = len(self.tokens) - 1
+        if self._speculation:
+            self._speculation.add(self.tokens[-said:])
+        return said
+
+    def _say(self, step: Step) -> bool:
+        """Put a token out; whether another may follow."""
+        assert self._clock
+        self._clock.tick()
+        if self.place == 0:
+            self._report(len(self.request.prompt))
+        self.tokens.append(step.token)
+        text, reason = self._text.add(step.token)
+        if self._matcher and not reason:
+            self._matcher.advance(step.token)
+            if self._matcher.must_end:
+                text, reason = text + self._text.rest(), "stop"
+        self.channel.put(Token(self._apart(text, bool(reason)), step.token, step.logprob, step.top_logprobs))
+        if reason:
+            self.finish("tool_calls" if reason == "stop" and self._calls and self._calls.calls else reason)
+        return reason is None
+
+    def _apart(self, text: str, last: bool) -> str:
+        """The part of `text` that is no tool call; calls are put out by themselves."""
+        start = self._text.detokenizer.tool_calls_at if self.request.rules.tools else None
+        before = len(text) if start is None else max(start - self._shown, 0)
+        self._shown += len(text)
+        if start is None:
+            return text
+        self._calls = self._calls or ToolCallStream()
+        found = [*self._calls.feed(text[before:]), *(self._calls.finish() if last else [])]
+        for delta in found:
+            if not isinstance(delta, str):
+                self.channel.put(delta)
+        return text[:before] + "".join(part for part in found if isinstance(part, str))
+
+    # How it ends.
+
+    def finish(self, reason: str) -> None:
+        """Say that it has ended."""
+        self.finished = True
+        self.channel.put(Done(reason, self.usage(), self._queued_seconds))
+
+    def cancel(self) -> None:
+        """End it as its reader asked, with the text that was held back."""
+        if self.has_started and (rest := self._apart(self._text.rest(), last=True)):
+            self.channel.put(events.Text(rest))
+        self.finish("cancelled")
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error."""
+        self.finished = self.failed = True
+        self.channel.put(error)
+
+    def usage(self) -> Usage:
+        """Tokens so far and the time they took."""
+        return (self._clock or Clock(len(self.request.prompt), 0)).usage(self.place)
+
+    def _report(self, done: int) -> None:
+        self.channel.put(PromptProgress(done, len(self.request.prompt), self.cached))
+
+
+def new_caches(model: Model, request: Request) -> list[Any]:
+    """An empty cache for each layer, of the kind that was asked for."""
+    config = model.args
+    if request.max_kv:
+        return [RotatingKVCache(request.max_kv, keep=_KEPT_AT_START) for _ in range(config.num_hidden_layers)]
+    if request.kv_bits:
+        group = 64 if config.head_dim % 64 == 0 else 32
+        return [QuantizedKVCache(group, request.kv_bits) for _ in range(config.num_hidden_layers)]
+    return [KVCache() for _ in range(config.num_hidden_layers)]

@@ -1,0 +1,474 @@
+"""The API that programs embed: load a model once, ask it anything from any thread, or from asyncio."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+
+import mlx.core as mx
+
+from ..budget import Plan, parse_size
+from ..config import Config
+from ..generate import GenerateError, Sampling
+from ..memory import Step, rss_bytes
+from ..prompt import Message, Tokenizer, Tool
+from ..weights import Checkpoint, Progress, locate, relief
+from ..weights import load as load_weights
+from .answering import Answering
+from .blocks import Blocks, fingerprint
+from .drafts import PassSeconds
+from .grammar import Format, Grammar, Vocabulary, compiled
+from .prefixes import Prefixes
+from .reply import Channel, Reply
+from .request import EngineError, Request
+from .tools import ToolChoice, tool_rules
+from .worker import Limits, Opened, Worker
+
+Messages = str | Sequence[Message | Mapping[str, Any]]
+"""A user's message, or a conversation; mappings have the fields of `Message`."""
+_T = TypeVar("_T")
+_CHUNK_TOKENS = 512
+"""Tokens in a pass where experts are in memory: few enough not to hold other streams up for long."""
+_COMPILING_THREADS = 2
+_CLOSE_WITHIN_S = 3.0
+
+
+class Settings(TypedDict, total=False):
+    """How a request is to be answered: the fields of `Sampling` and `Request`."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    max_tokens: int | None
+    min_tokens: int
+    stop: Sequence[str]
+    top_logprobs: int
+    ignore_eos: bool
+    kv_bits: int | None
+    max_kv: int | None
+    speculate: Literal["n-gram"] | None
+    response_format: Format | None
+
+
+_SAMPLING = frozenset(field.name for field in fields(Sampling))
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes. What the process may use and does, what MLX holds and keeps for reuse, and what that is made of.
+
+    `kv_limit_bytes` is what keys and values may take, of which prompts that were read before keep `prefix_bytes`."""
+
+    budget_bytes: int
+    process_bytes: int
+    mlx_bytes: int
+    mlx_cache_bytes: int
+    weights_bytes: int
+    kv_limit_bytes: int
+    prefix_bytes: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """How the engine is. `state` is unloaded, loading, ready, failed (to load, the next request tries again) or closed.
+
+    `step_seconds` is how long the step under way has been going on; a large number means that it is stuck."""
+
+    state: str
+    is_alive: bool
+    running: int
+    queued: int
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is brought into memory, each time anew; see `load`."""
+
+    dtype: str
+    memory: int | Plan | None
+    context: int | None
+    kv_bits: int | None
+    prefix_bytes: int | None
+    progress: Progress | None
+
+
+class Engine:
+    """A Mixtral that answers many requests at once. Made by `load`; close it, or use it in a `with` block.
+
+    Everything may be called from any thread. The model lives on a thread of its own."""
+
+    def __init__(
+        self, name: str, folder: Path, loading: Loading, limits: Limits, cache_dir: Path | None, cache_bytes: int
+    ) -> None:
+        checkpoint = Checkpoint.open(folder)  # Says at once what is wrong with a folder.
+        self.name = name
+        self.folder = folder
+        self.config: Config = checkpoint.config
+        self.tokenizer = Tokenizer.read(folder, self.config.vocab_size)
+        self._loading = loading
+        self._limits = limits
+        self._passes = PassSeconds(self.config.num_local_experts, self.config.num_experts_per_tok)
+        self._vocabulary: Vocabulary | None = None
+        self._disk = (
+            Blocks(cache_dir, cache_bytes, fingerprint(folder, f"{loading.dtype} {checkpoint.dtype}"))
+            if cache_dir
+            else None
+        )
+        self._prefixes = Prefixes(0, self._disk)
+        opener = _Opener(folder, loading, self._prefixes)
+        self._worker = Worker(opener, self.tokenizer, self._prefixes, self._passes, limits)
+        self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, "mixtral-grammar")
+        self._finalizer = weakref.finalize(self, _close, self._worker, self._compilers)
+
+    # Asking.
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: str | ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        **settings: Unpack[Settings],
+    ) -> Reply:
+        """Answer the last message of a conversation; the reply can be read while it is written.
+
+        `tool_choice` is "auto", "none", "required" or a function's name. Raises `MixtralError` at once for what cannot
+        be asked; what goes wrong later is raised by the reply."""
+        request = self.chat_request(
+            messages, tools=tools, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls, **settings
+        )
+        return self.submit(request)
+
+    def complete(self, prompt: str | Sequence[int], *, echo: bool = False, **settings: Unpack[Settings]) -> Reply:
+        """Continue a text, or ids as they are. `echo` repeats the text first."""
+        return self.submit(self.completion_request(prompt, echo=echo, **settings))
+
+    def chat_request(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Tool] = (),
+        tool_choice: str | ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        **settings: Unpack[Settings],
+    ) -> Request:
+        """What `chat` asks, to be handed to `submit` or `choices`."""
+        choice = tool_choice
+        if isinstance(choice, str):
+            # A model is kept from calling several at once by the grammar only.
+            choice = ToolChoice.of(choice, parallel=parallel_tool_calls, strict=bool(tools) and not parallel_tool_calls)
+        rules = tool_rules(tools, choice, self.tokenizer)
+        if rules.tools and settings.get("response_format"):
+            raise EngineError(
+                "Both tools and a response_format were given, and a reply cannot be held to both.",
+                code="bad_request",
+                hint='Give one of them, or tool_choice="none".',
+            )
+        prompt = self.tokenizer.encode_chat(_as_messages(messages), rules.tools)
+        return replace(_request(prompt, settings), rules=rules)
+
+    def completion_request(
+        self, prompt: str | Sequence[int], *, echo: bool = False, **settings: Unpack[Settings]
+    ) -> Request:
+        """What `complete` asks, to be handed to `submit` or `choices`."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        shown = (prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)) if echo else ""
+        return replace(_request(ids, settings), echo=shown)
+
+    def submit(self, request: Request) -> Reply:
+        """Answer a request. Raises `MixtralError` at once where it cannot be answered or has to wait too long."""
+        return self._submit([request])[0]
+
+    def choices(self, n: int, request: Request) -> list[Reply]:
+        """Answer a request `n` times; its prompt is read once. With a seed, the k-th is that of seed + k alone."""
+        if not 1 <= n <= self._limits.max_queue:
+            raise GenerateError(f"n is {n}, expected 1 to {self._limits.max_queue}.", code="bad_sampling")
+        seed = _seed(request)
+        each = [(seed + k) % (1 << 64) for k in range(n)]
+        return self._submit([replace(request, sampling=replace(request.sampling, seed=one)) for one in each])
+
+    def _submit(self, requests: Sequence[Request]) -> list[Reply]:
+        limits = [self._checked(request) for request in requests]
+        answerings = [
+            _answering(self._defaults(request), limit, self._compiled(request), self._passes, self._worker)
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+        self._worker.submit(*answerings)
+        return [Reply(answering.channel) for answering in answerings]
+
+    def _defaults(self, request: Request) -> Request:
+        sampling = replace(request.sampling, seed=_seed(request))
+        bits = request.kv_bits if request.max_kv else request.kv_bits or self._loading.kv_bits
+        return replace(request, sampling=sampling, kv_bits=bits)
+
+    def _checked(self, request: Request) -> int:
+        """The most tokens that may be generated; raises `MixtralError` for a request that cannot be answered."""
+        prompt, vocab, window = request.prompt, self.config.vocab_size, request.max_kv
+        if not prompt:
+            raise GenerateError("The prompt is empty.", code="empty_prompt", hint="Give at least one token.")
+        if wrong := [token for token in prompt if not 0 <= token < vocab]:
+            raise GenerateError(f"The prompt holds id {wrong[0]}, expected 0 to {vocab - 1}.", code="bad_token")
+        if request.kv_bits not in (None, 4, 8) or (request.kv_bits and self.config.head_dim % 32):
+            raise GenerateError(f"kv_bits is {request.kv_bits}, expected 4 or 8.", code="bad_sampling")
+        if window is not None and not 8 <= window <= self.context:
+            raise GenerateError(f"max_kv is {window}, expected 8 to {self.context:,}.", code="bad_sampling")
+        if window and request.kv_bits:
+            raise GenerateError(
+                "kv_bits and max_kv were both given, and a window cannot be quantized.",
+                code="bad_sampling",
+                hint="Give one of them.",
+            )
+        if request.speculate not in (None, "n-gram"):
+            raise GenerateError(f"speculate is {request.speculate!r}, expected n-gram.", code="bad_sampling")
+        # A window takes no more memory, but the model knows no positions past its own limit.
+        most = self.config.max_position_embeddings if window else self.context
+        room = most - len(prompt)
+        if room < 1:
+            raise GenerateError(
+                f"The prompt is {len(prompt):,} tokens long and the context holds {most:,}.",
+                code="context_full",
+                hint="Shorten the prompt, drop the oldest messages, or load the model with a larger context.",
+            )
+        return min(room, request.sampling.max_tokens or room)
+
+    def _compiled(self, request: Request) -> Future[Grammar] | None:
+        """The request's grammar, compiled elsewhere."""
+        if request.rules.grammar:
+            asked, begins = Format("lark", request.rules.grammar), False
+        elif request.response_format:
+            asked, begins = request.response_format, self.tokenizer.begins(request.prompt)
+        else:
+            return None
+        try:
+            return self._compilers.submit(lambda: compiled(asked, self._tokens(), begins=begins))
+        except RuntimeError:
+            raise EngineError("The engine is closed.", code="closed", hint="Load the model again.") from None
+
+    def _tokens(self) -> Vocabulary:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        return self._vocabulary
+
+    # How it is.
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        opened = self._worker.opened
+        if opened is None:
+            opened = self._worker.call(lambda opened: opened).result()
+        return opened.loaded.plan.context
+
+    def memory(self) -> MemoryUse:
+        """Who holds how much memory now."""
+        opened = self._worker.opened
+        return MemoryUse(
+            budget_bytes=opened.loaded.plan.budget_bytes if opened else 0,
+            process_bytes=rss_bytes(),
+            mlx_bytes=mx.get_active_memory(),
+            mlx_cache_bytes=mx.get_cache_memory(),
+            weights_bytes=opened.loaded.weights_bytes if opened else 0,
+            kv_limit_bytes=opened.kv_bytes if opened else 0,
+            prefix_bytes=self._prefixes.nbytes,
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """What was done so far, in numbers: requests and tokens, kept prompts, their files, and streamed experts."""
+        opened = self._worker.opened
+        streaming = opened.loaded.streaming if opened else None
+        return {
+            "requests": asdict(self._worker.counts),
+            "prefixes": asdict(self._prefixes.statistics),
+            "prefix_files": asdict(self._disk.statistics) if self._disk else None,
+            "experts": asdict(streaming.statistics) if streaming else None,
+        }
+
+    def health(self) -> Health:
+        """Whether requests are answered, and how many there are."""
+        worker, since = self._worker, self._worker.busy_since
+        return Health(
+            state=worker.state,
+            is_alive=worker.is_alive,
+            running=worker.running,
+            queued=worker.queued,
+            step_seconds=time.monotonic() - since if since else 0.0,
+        )
+
+    def load(self) -> None:
+        """Bring the model into memory now rather than with the next request. Raises `MixtralError`."""
+        self._worker.call(lambda opened: None).result()
+
+    def unload(self) -> None:
+        """Let go of the model's memory; the next request loads it again. Raises `EngineError` while requests run."""
+        self._worker.unload()
+
+    def close(self) -> None:
+        """End everything: requests end with the code "closed", the model's memory is free after the step under way."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    memory: str | int | Plan | None = None,
+    context: int | None = None,
+    dtype: str = "auto",
+    kv_bits: int | None = None,
+    prefix_memory: str | int | None = None,
+    cache_dir: str | Path | None = None,
+    cache_size: str | int = "10GB",
+    max_concurrent: int = 16,
+    max_queue: int = 64,
+    idle_unload_s: float | None = None,
+    deterministic: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Engine:
+    """A model ready to answer: a folder, a repository on Hugging Face, or the demo model for None.
+
+    `memory` is what the whole process may use ("12GB", bytes, or a plan of its own; None: what the machine can spare):
+    experts that do not fit are streamed. `context` is how many tokens a prompt and its answer may have. `kv_bits`
+    quantizes keys and values of every request. What prompts have in common is kept in memory, up to `prefix_memory` of
+    what running requests leave of the budget, and in `cache_dir` over restarts, up to `cache_size`. An idle model is
+    let go of after `idle_unload_s` and comes back with the next request. `progress` is called with bytes done and in
+    all, on the engine's thread. Raises `MixtralError`."""
+    _check_limits(max_concurrent, max_queue, idle_unload_s, kv_bits)
+    loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress)
+    limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else None
+    name = "demo" if model is None else str(model)
+    engine = Engine(name, locate(model, offline=offline), loading, limits, folder, _size(cache_size))
+    try:
+        engine.load()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+class _Opener:
+    """Loads the model and says what goes where; knows the engine's parts but not the engine, which may be dropped."""
+
+    def __init__(self, folder: Path, loading: Loading, prefixes: Prefixes) -> None:
+        self.folder = folder
+        self.loading = loading
+        self.prefixes = prefixes
+
+    def __call__(self, cancelled: Callable[[], bool]) -> Opened:
+        how = self.loading
+        loaded = load_weights(
+            self.folder,
+            dtype=how.dtype,
+            memory=how.memory,
+            context=how.context,
+            kv_bits=how.kv_bits,
+            on_progress=how.progress,
+            cancelled=cancelled,
+        )
+        plan = loaded.plan
+        resident = plan.mode == "resident"
+        kv_bytes = plan.parts["kv cache"] + (max(plan.budget_bytes - plan.needed_bytes, 0) if resident else 0)
+        self.prefixes.most_bytes = kv_bytes if how.prefix_bytes is None else min(kv_bytes, how.prefix_bytes)
+        drop = Step("kept prompts", self.prefixes.drop_all, lambda: False)
+        eased = relief(loaded.streaming, drop)
+        if loaded.streaming:
+            loaded.streaming.before_step = eased.check
+        chunk = min(plan.chunk_tokens, _CHUNK_TOKENS) if resident else plan.chunk_tokens
+        return Opened(loaded, eased, kv_bytes, chunk)
+
+
+def _answering(
+    request: Request, limit: int, grammar: Future[Grammar] | None, passes: PassSeconds, worker: Worker
+) -> Answering:
+    channel = Channel()
+    answering = Answering(request, channel, limit, grammar, passes)
+    channel.on_cancel = lambda: worker.cancel(answering)
+    if grammar:
+        grammar.add_done_callback(lambda _: worker.wake())
+    return answering
+
+
+def _close(worker: Worker, compilers: ThreadPoolExecutor) -> None:
+    worker.close(_CLOSE_WITHIN_S)
+    compilers.shutdown(wait=False, cancel_futures=True)
+
+
+def _request(prompt: Sequence[int], settings: Settings) -> Request:
+    asked: dict[str, Any] = dict(settings)
+    if "stop" in asked:
+        asked["stop"] = (asked["stop"],) if isinstance(asked["stop"], str) else tuple(asked["stop"])
+    if unknown := sorted(asked.keys() - Settings.__annotations__.keys()):
+        raise GenerateError(
+            f"There is no setting {unknown[0]!r}.", code="unknown_setting", hint=f"There are {_names()}."
+        )
+    sampling = Sampling(**{name: value for name, value in asked.items() if name in _SAMPLING})
+    return Request(tuple(prompt), sampling, **{name: value for name, value in asked.items() if name not in _SAMPLING})
+
+
+def _names() -> str:
+    return ", ".join(Settings.__annotations__)
+
+
+def _seed(request: Request) -> int:
+    seed = request.sampling.seed
+    return secrets.randbits(64) if seed is None else seed
+
+
+def _as_messages(messages: Messages) -> list[Message]:
+    if isinstance(messages, str):
+        return [Message("user", messages)]
+    known = {field.name for field in fields(Message)}
+    made = []
+    for message in messages:
+        if isinstance(message, Mapping):
+            if unknown := sorted(set(message) - known):
+                raise GenerateError(
+                    f"A message has the field {unknown[0]!r}, expected {', '.join(sorted(known))}.", code="bad_message"
+                )
+            if "role" not in message:
+                raise GenerateError("A message has no role.", code="bad_message")
+            message = Message(**message)
+        made.append(message)
+    return made
+
+
+def _size(size: str | _T) -> int | _T:
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def _check_limits(max_concurrent: int, max_queue: int, idle_unload_s: float | None, kv_bits: int | None) -> None:
+    for name, value, least in (
+        ("max_concurrent", max_concurrent, 1),
+        ("max_queue", max_queue, 1),
+        ("idle_unload_s", idle_unload_s, 0),
+    ):
+        if value is not None and not value >= least:
+            raise EngineError(f"{name} is {value}, expected {least} or more.", code="bad_option")
+    if kv_bits not in (None, 4, 8):
+        raise EngineError(f"kv_bits is {kv_bits}, expected 4 or 8.", code="bad_option")

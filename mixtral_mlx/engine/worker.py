@@ -1,0 +1,532 @@
+"""The thread that owns MLX: it loads the model, decides what goes into the next pass, runs it, hands out the results.
+
+Everybody else talks to it through queues, from any thread. What one request does in a pass is `answering`'s business,
+what is kept for later ones `prefixes`'."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import mlx.core as mx
+
+from ..budget import Footprint, in_gb
+from ..config import MixtralError
+from ..generate import Sampled, taken
+from . import batch
+from .answering import Answering
+from .request import EngineError
+
+if TYPE_CHECKING:
+    from ..memory import Relief
+    from ..prompt import Tokenizer
+    from ..weights import Loaded
+    from .drafts import PassSeconds
+    from .prefixes import Prefixes
+
+T = TypeVar("T")
+_CLEAR_CACHE_EVERY = 256
+_GROWTH_TOKENS = 256  # Caches grow by so many tokens, as mlx-lm's do.
+_WORTH_WAITING_FOR = 64
+"""Tokens that two prompts must have in common for one to wait until they have been read for the other."""
+_MOST_DRAFT_ROWS = 64
+_WRITE_WITHIN_S = 2.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many requests run and wait at most, and after how many seconds an idle model goes; None: never.
+
+    `deterministic` computes each sequence by itself and reads its prompt in the same chunks, so that its logits are the
+    same bits whatever its neighbours. Otherwise sums may be taken in another order, and differ in the last digits."""
+
+    max_concurrent: int = 16
+    max_queue: int = 64
+    idle_unload_s: float | None = None
+    deterministic: bool = False
+
+
+@dataclass
+class Counts:
+    """What has been done since the start. `paused` requests gave their memory to older ones for a while."""
+
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    paused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    passes: int = 0
+    pass_seconds: float = 0.0
+    loads: int = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in memory; `kv_bytes` is what keys and values may take together, those kept for later included.
+
+    `chunk_tokens` is how many tokens go into a pass at most."""
+
+    loaded: Loaded
+    relief: Relief
+    kv_bytes: int
+    chunk_tokens: int
+
+
+class Worker:
+    """Answers requests on a thread of its own, on which `open_model` loads the model when it is needed.
+
+    Public methods may be called from any thread."""
+
+    def __init__(
+        self,
+        open_model: Callable[[Callable[[], bool]], Opened],
+        tokenizer: Tokenizer,
+        prefixes: Prefixes,
+        passes: PassSeconds,
+        limits: Limits,
+    ) -> None:
+        self.counts = Counts()
+        self.state = "unloaded"
+        self.limits = limits
+        self.opened: Opened | None = None
+        self.busy_since: float | None = None
+        self._open_model = open_model
+        self._tokenizer = tokenizer
+        self._prefixes = prefixes
+        self._passes = passes
+        self._changed = threading.Condition()
+        self._waiting: deque[Answering] = deque()
+        self._calls: deque[Callable[[], object]] = deque()
+        self._closing = False
+        self._running: list[Answering] = []
+        self._turn = 0
+        self._footprints: dict[int | None, Footprint] = {}
+        self._thread = threading.Thread(target=self._work, name="mixtral-engine", daemon=True)
+        self._thread.start()
+
+    # From any thread.
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can still be answered."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    def submit(self, *answerings: Answering) -> None:
+        """Have requests answered, all of them or none; raises `EngineError` where they cannot even wait."""
+        with self._changed:
+            if self._closing:
+                raise _closed()
+            if len(self._waiting) + len(answerings) > self.limits.max_queue:
+                raise EngineError(
+                    f"{len(self._waiting)} requests wait already, and no more than {self.limits.max_queue} may.",
+                    code="queue_full",
+                    hint="Try again when some have been answered.",
+                    retryable=True,
+                )
+            self._waiting.extend(answerings)
+            self._changed.notify_all()
+
+    def cancel(self, answering: Answering) -> None:
+        """A request's reader wants no more of it: it ends at once where it waits, else before the next step."""
+        queued = self._take_from_queue(answering)
+        if queued:
+            self.counts.cancelled += 1
+            answering.cancel()
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again: something that was waited for is there."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def call(self, function: Callable[[Opened], T]) -> Future[T]:
+        """Run `function` with the model, loaded if need be, between two steps."""
+        return self._call(lambda: function(self._open()))
+
+    def unload(self) -> None:
+        """Let go of the model; the next request loads it again. Raises `EngineError` while requests run or wait."""
+        self._call(self._unload).result()
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """End what runs and waits with an error, let go of the model, end the thread; False if that takes longer."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(coded(error))
+
+        with self._changed:
+            if self._closing:
+                raise _closed()
+            self._calls.append(run)
+            self._changed.notify_all()
+        return future
+
+    def _take_from_queue(self, answering: Answering) -> bool:
+        with self._changed, suppress(ValueError):
+            self._waiting.remove(answering)
+            return True
+        return False
+
+    # The thread.
+
+    def _work(self) -> None:
+        while self._has_work():
+            self.busy_since = time.monotonic()
+            try:
+                self._step()
+            except BaseException as error:
+                self._break_off(self._running, error)
+            self.busy_since = None
+        self._break_off([*self._running, *self._waiting], _closed())
+        self._waiting.clear()
+        for call in self._calls:
+            call()  # They find the engine closed.
+        self._let_go()
+        self.state = "closed"
+
+    def _has_work(self) -> bool:
+        """Wait for something to do; False when the thread is to end."""
+        idle_since = time.monotonic()
+        with self._changed:
+            while not (self._closing or self._calls or self._running or any(a.is_ready for a in self._waiting)):
+                if not self._changed.wait(self._until_unload(idle_since)) and not self._waiting:
+                    self._let_go()
+            return not self._closing
+
+    def _until_unload(self, idle_since: float) -> float | None:
+        after = self.limits.idle_unload_s
+        if after is None or self.opened is None:
+            return None
+        return max(idle_since + after - time.monotonic(), 0)
+
+    def _step(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+        self._drop_cancelled()
+        self._admit()
+        self._make_room()
+        for group in self._groups():
+            self._pass(group)
+
+    def _open(self) -> Opened:
+        if self._closing:
+            raise _closed()
+        if self.opened is None:
+            self.state = "loading"
+            try:
+                self.opened = self._open_model(lambda: self._closing)
+            except BaseException:
+                self.state = "failed"
+                raise
+            self.counts.loads += 1
+            self.state = "ready"
+        return self.opened
+
+    def _unload(self) -> None:
+        if self._running or self._waiting:
+            raise EngineError("Requests are running.", code="busy", hint="Cancel them first.", retryable=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        opened, self.opened = self.opened, None
+        self._prefixes.finish_writing(_WRITE_WITHIN_S)
+        self._prefixes.clear()
+        if opened and opened.loaded.streaming:
+            opened.loaded.streaming.close()
+        del opened
+        gc.collect()  # Modules refer to each other in circles.
+        mx.clear_cache()
+        self.state = "unloaded"
+
+    def _drop_cancelled(self) -> None:
+        for answering in [a for a in self._running if a.channel.is_cancelled]:
+            answering.cancel()
+            self._leave(answering)
+
+    # Who runs.
+
+    def _admit(self) -> None:
+        """Start what waits, in its order, while there is room; what waits for a grammar lets others pass."""
+        with self._changed:
+            candidates = [answering for answering in self._waiting if answering.is_ready]
+        for answering in candidates:
+            if len(self._running) >= self.limits.max_concurrent or not self._start(answering):
+                break
+
+    def _start(self, answering: Answering) -> bool:
+        """Begin a request; False if it has to wait, and all that come after it."""
+        try:
+            opened = self._open()
+            if self._waits_for_prefix(answering):
+                return True  # Others need not wait with it.
+            if not self._has_room(answering, opened):
+                return False
+            if not self._take_from_queue(answering):
+                return True
+            if not answering.has_started:
+                answering.start(opened.loaded.model, self._tokenizer)
+            answering.begin_reading(opened.loaded.model, self._found(answering, opened))
+            self.counts.cached_tokens += answering.read
+        except BaseException as error:
+            self._take_from_queue(answering)
+            self._end(answering, error)
+            return True
+        self._running.append(answering)
+        return True
+
+    def _found(self, answering: Answering, opened: Opened) -> tuple[int, list[Any]] | None:
+        """What is kept of its tokens' beginning; no more than whole chunks where its sums may not depend on that."""
+        in_chunks = opened.chunk_tokens if self.limits.deterministic else 1
+        return self._prefixes.find(answering.kind, answering.tokens, multiple_of=in_chunks)
+
+    def _waits_for_prefix(self, answering: Answering) -> bool:
+        """Whether most of it is being read for another just now: then that is worth waiting for."""
+        return not answering.has_started and any(
+            other.is_reading and other.cached < _shared_enough(answering) and _begin_alike(other, answering)
+            for other in self._running
+        )
+
+    def _has_room(self, answering: Answering, opened: Opened) -> bool:
+        """Whether its cache fits beside the others', if need be in place of what is kept for later."""
+        if self._kv_bytes(answering, answering.most_tokens) > opened.kv_bytes:
+            need = self._kv_bytes(answering, answering.most_tokens)
+            raise EngineError(
+                f"This request needs up to {in_gb(need)} for keys and values, and there are {in_gb(opened.kv_bytes)}.",
+                code="over_budget",
+                hint="Use a shorter prompt, fewer max_tokens or kv_bits, or give the engine more memory.",
+            )
+        used = sum(map(self._reserved, self._running))
+        need = self._reserved(answering)
+        if used + need > opened.kv_bytes:
+            return False
+        self._prefixes.shrink_to(opened.kv_bytes - used - need)
+        return True
+
+    def _reserved(self, answering: Answering) -> int:
+        """Bytes of cache that are kept free for a request: for its tokens so far and some more, or for all to come."""
+        all_at_once = self.limits.deterministic  # Read again, a paused one would have other bits.
+        tokens = answering.most_tokens if all_at_once else len(answering.tokens) + _GROWTH_TOKENS
+        return self._kv_bytes(answering, tokens)
+
+    def _kv_bytes(self, answering: Answering, tokens: int) -> int:
+        assert self.opened
+        bits, loaded = answering.request.kv_bits, self.opened.loaded
+        if bits not in self._footprints:
+            self._footprints[bits] = Footprint.of(loaded.config, loaded.dtype, bits)
+        return self._footprints[bits].kv_bytes(min(tokens, answering.most_tokens))
+
+    def _make_room(self) -> None:
+        """Give up what is kept for later, then the youngest sequences' caches, until the next pass fits."""
+        if self.opened is None:
+            return
+        if not self.opened.loaded.streaming:  # Streamed experts ask by themselves, as each pass begins.
+            self.opened.relief.check()
+        while self._running:
+            used = sum(map(self._reserved, self._running))
+            if used <= self.opened.kv_bytes or len(self._running) == 1:
+                self._prefixes.shrink_to(self.opened.kv_bytes - used)
+                return
+            youngest = self._running.pop()
+            youngest.pause()
+            self.counts.paused += 1
+            with self._changed:
+                self._waiting.appendleft(youngest)
+
+    # What a pass is made of.
+
+    def _groups(self) -> list[list[tuple[Answering, batch.Part]]]:
+        """The passes of this step: one of all sequences, or one of each where they may not depend on each other."""
+        if not self._running:
+            return []
+        assert self.opened
+        chunk = self.opened.chunk_tokens
+        decoding = [answering for answering in self._running if not answering.is_reading]
+        reading = self._in_turn([answering for answering in self._running if answering.is_reading])
+        if self.limits.deterministic:
+            parts = [(a, a.to_decode(0, 0)) for a in decoding] + [(a, a.to_read(chunk)) for a in reading[:1]]
+            return [[part] for part in parts]
+        parts = self._decoded_together(decoding, alone=not reading)
+        left = chunk - sum(len(part.ids) for _, part in parts)
+        for answering in reading:
+            if left <= 0:
+                break
+            part = answering.to_read(left)
+            left -= len(part.ids)
+            parts.append((answering, part))
+        return [parts]
+
+    def _decoded_together(self, decoding: Sequence[Answering], *, alone: bool) -> list[tuple[Answering, batch.Part]]:
+        """The next token of each; guesses too, unless a prompt is read in the same pass, which is slow as it is."""
+        parts: list[tuple[Answering, batch.Part]] = []
+        rows = len(decoding)
+        for answering in decoding:
+            part = answering.to_decode(max(_MOST_DRAFT_ROWS - rows, 0) if alone else 0, rows - 1)
+            rows += len(part.ids) - 1
+            parts.append((answering, part))
+        return parts
+
+    def _in_turn(self, reading: Sequence[Answering]) -> list[Answering]:
+        self._turn += 1
+        first = self._turn % len(reading) if reading else 0
+        return [*reading[first:], *reading[:first]]
+
+    # A pass.
+
+    def _pass(self, group: Sequence[tuple[Answering, batch.Part]]) -> None:
+        assert self.opened
+        begun = time.perf_counter()
+        try:
+            logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+            sampled = [self._sampled(a, rows) for (a, _), rows in zip(group, logits, strict=True)]
+            mx.eval(sampled, [layer.state for a, part in group if not part.wanted for layer in a.cache])
+        except BaseException as error:
+            self._break_off([answering for answering, _ in group], error)
+            return
+        self._account(group, time.perf_counter() - begun)
+        for (answering, part), steps in zip(group, sampled, strict=True):
+            self._hand_out(answering, part, steps)
+
+    def _sampled(self, answering: Answering, logits: mx.array) -> list[Sampled]:
+        if not len(logits):
+            return []
+        try:
+            return answering.sample(logits)
+        except Exception as error:  # A grammar's or a sampler's: this request's alone.
+            self._end(answering, error)
+            return []
+
+    def _hand_out(self, answering: Answering, part: batch.Part, sampled: Sequence[Sampled]) -> None:
+        if answering.finished:
+            return
+        try:
+            if part.wanted:
+                self.counts.generated_tokens += answering.take([taken(one) for one in sampled])
+            else:
+                answering.has_read(len(part.ids))
+                if not answering.is_reading:
+                    self._share(answering)
+        except Exception as error:
+            self._end(answering, error)
+            return
+        if answering.finished:
+            self._leave(answering)
+
+    def _share(self, answering: Answering) -> None:
+        """Keep what was read just now, if another request waits for it."""
+        with self._changed:
+            waiting = list(self._waiting)
+        if any(_begin_alike(answering, other) for other in waiting):
+            self._keep(answering)
+
+    def _account(self, group: Sequence[tuple[Answering, batch.Part]], seconds: float) -> None:
+        read = sum(len(part.ids) for _, part in group if not part.wanted)
+        self.counts.prompt_tokens += read
+        self.counts.passes += 1
+        self.counts.pass_seconds += seconds
+        if not read:
+            self._passes.learn(sum(len(part.ids) for _, part in group), seconds)
+        if read or self.counts.passes % _CLEAR_CACHE_EVERY == 0:
+            mx.clear_cache()
+
+    # How requests end.
+
+    def _leave(self, answering: Answering) -> None:
+        """A request has ended as it should, or was cancelled: keep what was read for it, and count it."""
+        self._running.remove(answering)
+        self.counts.finished += not answering.channel.is_cancelled
+        self.counts.cancelled += answering.channel.is_cancelled
+        try:
+            self._keep(answering)
+        except (RuntimeError, MemoryError):  # No room for what only saves time.
+            self._prefixes.clear()
+        answering.cache = []
+
+    def _keep(self, answering: Answering) -> None:
+        assert self.opened
+        tokens = answering.tokens[: answering.read]
+        if self.limits.deterministic:
+            # What was decoded has other bits than what is read; of a prompt whole chunks are the same for everybody.
+            prompt = min(answering.read, len(answering.request.prompt) - 1)
+            tokens = tokens[: prompt // self.opened.chunk_tokens * self.opened.chunk_tokens]
+        if tokens:
+            self._prefixes.keep(answering.kind, tokens, answering.cache)
+
+    def _end(self, answering: Answering, error: BaseException) -> None:
+        """A request has failed."""
+        self.counts.failed += 1
+        if answering in self._running:
+            self._running.remove(answering)
+        answering.fail(coded(error))
+        answering.cache = []
+
+    def _break_off(self, those: Sequence[Answering], error: BaseException) -> None:
+        for answering in list(those):
+            if not answering.finished:
+                self._end(answering, error)
+        mx.clear_cache()
+
+
+def coded(error: BaseException) -> MixtralError:
+    """`error` as one with a code."""
+    if isinstance(error, MixtralError):
+        return error
+    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
+        return EngineError(
+            f"There was not enough memory for this step ({error}).",
+            code="out_of_memory",
+            hint="Use a shorter prompt or fewer requests at once, or a smaller memory budget for the engine.",
+            retryable=True,
+        )
+    return EngineError(
+        f"The step failed: {type(error).__name__}: {error}",
+        code="step_failed",
+        hint="The engine goes on with other requests. If it happens again, please report it.",
+        retryable=True,
+    )
+
+
+def _closed() -> EngineError:
+    return EngineError("The engine is closed.", code="closed", hint="Load the model again.")
+
+
+def _shared_enough(other: Answering) -> int:
+    """Tokens that another must have in common with this one for it to wait for them."""
+    return max(_WORTH_WAITING_FOR, len(other.tokens) // 2)
+
+
+def _begin_alike(one: Answering, other: Answering) -> bool:
+    """Whether what is read for one is at least half of what the other needs, and not too little to wait for."""
+    count = _shared_enough(other)
+    return one.kind == other.kind and len(one.tokens) > count and one.tokens[:count] == other.tokens[:count]

@@ -1,0 +1,608 @@
+"""The engine: each request gets what it would get alone, and nothing that goes wrong with one is felt by another."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mixtral_mlx.config import MixtralError
+from mixtral_mlx.engine.engine import Engine, load
+from mixtral_mlx.engine.grammar import Format
+from mixtral_mlx.engine.reply import Reply
+from mixtral_mlx.engine.request import (
+    Done,
+    EngineError,
+    PromptProgress,
+    Request,
+    Result,
+    Token,
+    ToolCallDelta,
+)
+from mixtral_mlx.engine.worker import Worker
+from mixtral_mlx.generate import Conversation, Sampling, stream_generate
+from mixtral_mlx.prompt import Message, Tokenizer, Tool
+from mixtral_mlx.weights import load as load_weights
+
+from .checkpoints import Q4, TINY, write_tiny
+
+CONFIG = replace(TINY, head_dim=32, quantization=Q4)
+WEATHER = Tool("weather", "The weather", {"type": "object", "properties": {"city": {"enum": ["Rome"]}}})
+WEATHER.parameters.update(required=["city"], additionalProperties=False)
+SHORT_OBJECT = Format(
+    "json_schema",
+    {
+        "type": "object",
+        "properties": {"kind": {"enum": ["first", "second", "third"]}, "count": {"type": "integer", "maximum": 99}},
+        "required": ["kind", "count"],
+        "additionalProperties": False,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "model", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    with load(folder) as engine:
+        yield engine
+
+
+def words(count: int, seed: int = 0) -> list[int]:
+    chosen = random.Random(seed)
+    return [1, *(chosen.randrange(3, 32000) for _ in range(count - 1))]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0)
+
+
+def code_of(ask: Callable[[], Any]) -> str:
+    with pytest.raises(MixtralError) as caught:
+        ask()
+    return caught.value.code
+
+
+def failing(reply: Reply) -> str:
+    return code_of(reply.result)
+
+
+# Alone.
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=12),
+        Sampling(max_tokens=12, temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, seed=7),
+        Sampling(max_tokens=12, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5, top_logprobs=3),
+        Sampling(max_tokens=12, temperature=1.0, seed=3, logit_bias={5: 9.0, 17: 8.0}, min_tokens=12),
+        Sampling(max_tokens=40, temperature=2.0, seed=1, ignore_eos=True),
+    ],
+    ids=["greedy", "sampled", "penalties", "bias", "bold"],
+)
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_request_alone_is_answered_as_on_the_plain_path(
+    engine: Engine, folder: Path, sampling: Sampling, kv_bits: int | None
+) -> None:
+    prompt = words(30)
+    loaded = load_weights(folder)
+    chunks = list(
+        stream_generate(
+            loaded.model,
+            Tokenizer.read(folder),
+            prompt,
+            sampling,
+            conversation=Conversation(loaded.model, kv_bits=kv_bits),
+        )
+    )
+    result = engine.submit(Request(tuple(prompt), sampling, kv_bits=kv_bits)).result()
+    assert list(result.tokens) == [chunk.token for chunk in chunks]
+    assert result.text == "".join(chunk.text for chunk in chunks)
+    assert list(result.logprobs) == pytest.approx([chunk.logprob for chunk in chunks], abs=1e-4)
+    assert [len(top) for top in result.top_logprobs] == [sampling.top_logprobs] * len(chunks)
+    assert result.finish_reason == chunks[-1].finish_reason
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (30, len(chunks))
+
+
+def test_a_stop_string_ends_a_text_before_it(engine: Engine) -> None:
+    whole = engine.complete(words(10), max_tokens=20).result()
+    stop = whole.text[8:12]
+    result = engine.complete(words(10), max_tokens=20, stop=stop).result()
+    assert (result.text, result.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+
+
+def test_events_come_in_order(engine: Engine) -> None:
+    mixed = list(engine.complete([*words(1100, seed=5)[1:], 7], max_tokens=3))
+    progress = list(takewhile(lambda event: isinstance(event, PromptProgress), mixed))
+    assert [(event.done, event.total) for event in progress if isinstance(event, PromptProgress)] == [
+        (0, 1100),
+        (512, 1100),
+        (1024, 1100),
+        (1099, 1100),
+        (1100, 1100),
+    ]
+    assert [type(event) for event in mixed[len(progress) :]] == [Token, Token, Token, Done]
+
+
+def test_echo_repeats_the_text_first(engine: Engine) -> None:
+    result = engine.complete("Hello there", max_tokens=2, echo=True).result()
+    assert result.text.startswith("Hello there")
+    assert len(result.tokens) == 2
+
+
+# Together.
+
+
+def random_request(chosen: random.Random) -> Request:
+    """Any of the things that can be asked, on a prompt that may begin like others'."""
+    shared = words(chosen.choice([0, 70, 200]) + 1, seed=chosen.randrange(2))
+    prompt = [*shared, *words(chosen.randrange(1, 60), seed=chosen.randrange(1 << 30))[1:]]
+    sampling = Sampling(
+        temperature=chosen.choice([0.0, 0.0, 1.0]),
+        seed=chosen.randrange(1 << 32),
+        max_tokens=chosen.choice([1, 5, 12, 30]),
+        min_tokens=chosen.choice([0, 0, 6]),
+        repetition_penalty=chosen.choice([1.0, 1.0, 1.2]),
+        stop=chosen.choice([(), (), ("e",)]),
+        logit_bias=chosen.choice([{}, {}, {11: 100.0, 2: 99.0}]),  # The second repeats itself, and ends.
+    )
+    return Request(
+        tuple(prompt),
+        sampling,
+        kv_bits=chosen.choice([None, None, 8]),
+        max_kv=None,
+        speculate=chosen.choice([None, "n-gram"]),
+        response_format=chosen.choice([None, None, SHORT_OBJECT]),
+    )
+
+
+def mixed(chosen: random.Random) -> list[tuple[Request, int | None]]:
+    """Up to 8 requests, some of which are cancelled after so many events."""
+    requests = [random_request(chosen) for _ in range(chosen.randrange(1, 9))]
+    requests += chosen.choice([[], requests[:1]])  # Now and then twice the same.
+    for n, request in enumerate(requests):
+        if request.kv_bits is None and chosen.random() < 0.2:
+            requests[n] = replace(request, max_kv=64)
+    return [(request, chosen.choice([None, None, None, chosen.randrange(20)])) for request in requests[:8]]
+
+
+def check_mix(together: Engine, alone: Engine, seed: int) -> None:
+    asked = mixed(random.Random(seed))
+    replies = [together.submit(request) for request, _ in asked]
+    results = []
+    for reply, (_, cancelled_after) in zip(replies, asked, strict=True):
+        for _ in range(cancelled_after if cancelled_after is not None else 0):
+            next(reply, None)
+        if cancelled_after is not None:
+            reply.cancel()
+        results.append(reply.result())
+    for result, (request, _) in zip(results, asked, strict=True):
+        expected = alone.submit(replace(request, speculate=None)).result()
+        length = len(result.tokens)
+        assert result.tokens == expected.tokens[:length], (seed, request)
+        if result.finish_reason != "cancelled":
+            assert (result.tokens, result.text) == (expected.tokens, expected.text), (seed, request)
+            assert result.finish_reason == expected.finish_reason
+        assert list(result.logprobs) == pytest.approx(list(expected.logprobs[:length]), abs=1e-3)
+
+
+@pytest.fixture(scope="module", params=["resident", "streamed"])
+def pair(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Engine, Engine]]:
+    """An engine for many requests, and one that answers one at a time and remembers nothing."""
+    plan = load_weights(folder).plan
+    if request.param == "streamed":
+        plan = replace(plan, mode="streamed", slots=(3, 4))
+    with load(folder, memory=plan) as together, load(folder, prefix_memory=0, max_concurrent=1) as alone:
+        yield together, alone
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_of_many_gets_what_it_would_get_alone(pair: tuple[Engine, Engine], seed: int) -> None:
+    check_mix(*pair, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 300))
+def test_each_of_many_gets_what_it_would_get_alone_in_200_mixes(pair: tuple[Engine, Engine], seed: int) -> None:
+    check_mix(*pair, seed)
+
+
+def test_a_deterministic_engine_gives_the_same_bits_whatever_the_neighbours(folder: Path) -> None:
+    chosen = random.Random(1)
+    requests = [replace(random_request(chosen), speculate=None) for _ in range(8)]
+    with load(folder, deterministic=True) as engine:
+        alone = [engine.submit(request).result() for request in requests]
+        together = [reply.result() for reply in [engine.submit(request) for request in requests]]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    assert [result.logprobs for result in together] == [result.logprobs for result in alone]
+
+
+def test_a_running_stream_goes_on_while_a_long_prompt_is_read(engine: Engine) -> None:
+    running = engine.complete(words(5), max_tokens=200, ignore_eos=True)
+    assert isinstance(next(event for event in running if isinstance(event, Token)), Token)
+    long = engine.complete(words(1700, seed=9), max_tokens=1)
+    chunks = 0
+    tokens_between = 0
+    for event in long:
+        if isinstance(event, PromptProgress):
+            chunks += 1
+            tokens_between += sum(isinstance(event, Token) for event in list(running._channel._events))
+    assert chunks >= 5
+    assert tokens_between >= chunks - 2
+    running.cancel()
+
+
+def test_choices_differ_by_their_seeds_and_read_the_prompt_once(engine: Engine) -> None:
+    request = engine.completion_request([77, *words(149)], temperature=1.5, seed=5, max_tokens=6)
+    before = engine.stats()["requests"]["prompt_tokens"]
+    results = [reply.result() for reply in engine.choices(3, request)]
+    assert len({result.tokens for result in results}) == 3
+    assert engine.stats()["requests"]["prompt_tokens"] - before == 149
+    for k, result in enumerate(results):
+        again = replace(request, sampling=replace(request.sampling, seed=5 + k))
+        assert engine.submit(again).result().tokens == result.tokens
+
+
+# What was read before.
+
+
+def test_a_follow_up_resumes_where_the_conversation_was(engine: Engine) -> None:
+    first = engine.complete(words(300, seed=3), max_tokens=5, ignore_eos=True).result()
+    follow_up = [*words(300, seed=3), *first.tokens, *words(10, seed=4)]
+    result = engine.complete(follow_up, max_tokens=1).result()
+    assert result.usage.cached_tokens == 300 + 5 - 1
+
+
+def test_what_was_read_survives_a_restart(folder: Path, tmp_path: Path) -> None:
+    with load(folder, cache_dir=tmp_path) as engine:
+        expected = engine.complete(words(300), max_tokens=5).result()
+    with load(folder, cache_dir=tmp_path) as engine:
+        result = engine.complete(words(300), max_tokens=5).result()
+        assert engine.stats()["prefixes"]["disk_hits"] == 1
+    assert result.usage.cached_tokens == 256
+    assert result.tokens == expected.tokens
+
+
+def test_kept_prompts_stay_within_their_memory(folder: Path) -> None:
+    with load(folder, prefix_memory=200_000) as engine:
+        for n in range(6):
+            engine.complete(words(100, seed=n), max_tokens=1).result()
+            assert engine.memory().prefix_bytes <= 200_000
+        until(lambda: 100_000 < engine.memory().prefix_bytes <= 200_000)
+        assert engine.stats()["prefixes"]["dropped"] > 0
+
+
+def test_where_there_is_not_room_for_all_the_youngest_wait_and_lose_nothing(folder: Path) -> None:
+    plan = load_weights(folder).plan
+    parts = {**plan.parts, "kv cache": 2_400_000}  # 1,024 bytes a token, in steps of 256, half as much again to grow.
+    small = replace(plan, parts=parts, budget_bytes=sum(parts.values()), context=700)
+    requests = [Request(tuple(words(250, seed=n)), Sampling(max_tokens=265, ignore_eos=True)) for n in range(3)]
+    with load(folder) as engine:
+        expected = [engine.submit(request).result().tokens for request in requests]
+    with load(folder, memory=small) as engine:
+        replies = [engine.submit(request) for request in requests]
+        assert [reply.result().tokens for reply in replies] == expected
+        assert engine.stats()["requests"]["paused"] > 0
+
+
+# Grammars and tools.
+
+
+def test_a_text_is_held_to_its_format(engine: Engine) -> None:
+    reply = engine.complete("Which?", response_format=Format("choice", ["red apple", "green pear"]))
+    result = reply.result()
+    assert result.text in ("red apple", "green pear")
+    assert result.finish_reason == "stop"
+
+
+def test_max_tokens_cuts_a_format_off(engine: Engine) -> None:
+    result = engine.complete("?", response_format=SHORT_OBJECT, max_tokens=3).result()
+    assert (len(result.tokens), result.finish_reason) == (3, "length")
+
+
+def test_a_bad_format_ends_its_own_request_only(engine: Engine) -> None:
+    good = engine.complete(words(5), max_tokens=30)
+    bad = engine.complete(words(5), response_format=Format("regex", "("))
+    assert failing(bad) == "bad_grammar"
+    assert good.result().finish_reason
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_required_tool_is_called(tmp_path: Path, parallel: bool) -> None:
+    config = replace(CONFIG, vocab_size=32768)
+    with load(write_tiny(tmp_path / "model", config, tokenizer="v3")) as engine:
+        events = list(
+            engine.chat(
+                [Message("user", "Weather?")],
+                tools=[WEATHER],
+                tool_choice="weather",
+                parallel_tool_calls=parallel,
+                max_tokens=80,
+            )
+        )
+    result = Result.of(events)
+    assert result.finish_reason in ("tool_calls", "length")
+    call = result.tool_calls[0]
+    assert (call.name, call.arguments.replace(" ", ""), len(call.id)) == ("weather", '{"city":"Rome"}', 9)
+    assert result.text == "" or result.finish_reason == "length"
+    assert parallel or len(result.tool_calls) == 1
+    assert sum(isinstance(event, ToolCallDelta) for event in events) > 1
+
+
+# What cannot be asked.
+
+
+@pytest.mark.parametrize(
+    ("ask", "code"),
+    [
+        (lambda engine: engine.complete([]), "empty_prompt"),
+        (lambda engine: engine.complete([1, 32000]), "bad_token"),
+        (lambda engine: engine.complete(words(2048)), "context_full"),
+        (lambda engine: engine.complete("x", kv_bits=5), "bad_sampling"),
+        (lambda engine: engine.complete("x", kv_bits=8, max_kv=64), "bad_sampling"),
+        (lambda engine: engine.complete("x", max_kv=4), "bad_sampling"),
+        (lambda engine: engine.complete("x", speculate="magic"), "bad_sampling"),
+        (lambda engine: engine.complete("x", temperature=-1), "bad_sampling"),
+        (lambda engine: engine.complete("x", hurry=True), "unknown_setting"),
+        (lambda engine: engine.chat([{"role": "user", "contents": "x"}]), "bad_message"),
+        (lambda engine: engine.chat([{"content": "x"}]), "bad_message"),
+        (lambda engine: engine.chat("x", tools=[WEATHER]), "tools_not_supported"),
+        (lambda engine: engine.choices(0, engine.completion_request("x")), "bad_sampling"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(engine: Engine, ask: Callable[[Engine], Any], code: str) -> None:
+    assert code_of(lambda: ask(engine)) == code
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_queue": 0}, {"max_concurrent": 0}, {"idle_unload_s": -1}, {"kv_bits": 3}, {"memory": "many"}],
+    ids=str,
+)
+def test_what_an_engine_cannot_be_is_refused(folder: Path, options: dict[str, Any]) -> None:
+    assert code_of(lambda: load(folder, **options)) in ("bad_option", "bad_size")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    assert code_of(lambda: load(tmp_path)) == "no_config"
+    assert threading.active_count() == threads
+
+
+# Cancelling.
+
+
+class Held:
+    """An engine whose next pass waits until it is let go."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        run = Worker._pass
+
+        def held(worker: Worker, group: Any) -> None:
+            self.entered.set()
+            assert self.go.wait(30)
+            run(worker, group)
+
+        monkeypatch.setattr(Worker, "_pass", held)
+
+
+def test_a_request_that_waits_is_cancelled_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(folder, max_concurrent=1) as engine:
+        held = Held(engine, monkeypatch)
+        running = engine.complete(words(5), max_tokens=5)
+        assert held.entered.wait(30)
+        waiting = engine.complete(words(5), max_tokens=5)
+        waiting.cancel()
+        assert waiting.result().finish_reason == "cancelled"
+        assert (engine.health().running, engine.health().queued) == (1, 0)
+        held.go.set()
+        assert running.result().finish_reason == "length"
+
+
+def test_more_than_may_wait_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(folder, max_concurrent=1, max_queue=2) as engine:
+        held = Held(engine, monkeypatch)
+        running = engine.complete(words(5), max_tokens=2)
+        assert held.entered.wait(30)
+        waiting = [engine.complete(words(5), max_tokens=2) for _ in range(2)]
+        with pytest.raises(EngineError) as caught:
+            engine.complete(words(5))
+        assert (caught.value.code, caught.value.retryable) == ("queue_full", True)
+        assert engine.health().step_seconds > 0
+        held.go.set()
+        assert {reply.result().finish_reason for reply in [running, *waiting]} == {"length"}
+
+
+@pytest.mark.parametrize("how", ["cancel", "drop", "with", "while reading"])
+def test_a_request_ends_when_nobody_wants_it(engine: Engine, how: str) -> None:
+    before = engine.stats()["requests"]
+    reply = engine.complete(words(1500, seed=8), max_tokens=400, ignore_eos=True)
+    next(reply)
+    if how != "while reading":
+        next(event for event in reply if isinstance(event, Token))
+    if how == "drop":
+        del reply
+    elif how == "with":
+        with reply:
+            pass
+    else:
+        reply.cancel()
+    until(lambda: engine.stats()["requests"]["cancelled"] == before["cancelled"] + 1)
+    assert engine.stats()["requests"]["generated_tokens"] - before["generated_tokens"] < 300
+    assert engine.complete(words(5), max_tokens=3).result().finish_reason == "length"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_cancelling_at_any_moment_frees_memory_and_changes_nothing(engine: Engine, seed: int) -> None:
+    chosen = random.Random(seed)
+    request = replace(random_request(chosen), max_kv=None)
+    expected = engine.submit(request).result()
+    reply = engine.submit(request)
+    for _ in range(chosen.randrange(12)):
+        next(reply, None)
+    reply.cancel()
+    assert reply.result().finish_reason in ("cancelled", expected.finish_reason)
+    until(lambda: engine.health().running == 0)
+    assert engine.submit(request).result().tokens == expected.tokens
+
+
+def test_a_cancelled_task_cancels_its_request(engine: Engine) -> None:
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for event in engine.complete(words(5), max_tokens=1500, ignore_eos=True):
+                if isinstance(event, Token):
+                    begun.set()
+
+        task = asyncio.ensure_future(read())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    before = engine.stats()["requests"]["cancelled"]
+    asyncio.run(main())
+    until(lambda: engine.stats()["requests"]["cancelled"] == before + 1)
+
+
+def test_replies_are_read_with_async_for(engine: Engine) -> None:
+    async def main() -> list[Result]:
+        async def one(n: int) -> Result:
+            reply = engine.complete(words(5, seed=n), max_tokens=6, ignore_eos=True)
+            async with reply:
+                count = sum([isinstance(event, Token) async for event in reply])
+            assert count == 6
+            return await reply
+
+        return await asyncio.gather(*(one(n) for n in range(10)))
+
+    together = asyncio.run(main())
+    assert [len(result.tokens) for result in together] == [6] * 10
+
+
+# Failing.
+
+
+def test_a_failed_step_fails_what_ran_and_the_engine_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine.complete(words(20), max_tokens=4).result()
+    for error, code in ((RuntimeError("boom"), "step_failed"), (MemoryError(), "out_of_memory")):
+        with monkeypatch.context() as broken:
+
+            def fail(*_: Any, error: BaseException = error) -> Any:
+                raise error
+
+            broken.setattr("mixtral_mlx.engine.batch.run", fail)
+            replies = [engine.complete(words(20), max_tokens=4) for _ in range(3)]
+            assert [failing(reply) for reply in replies] == [code] * 3
+        assert engine.complete(words(20), max_tokens=4).result().tokens == expected.tokens
+        assert engine.health().state == "ready"
+
+
+def test_a_failing_sampler_ends_its_own_request_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixtral_mlx.engine.answering import Answering
+
+    sample = Answering.sample
+
+    def fail(self: Answering, logits: mx.array) -> Any:
+        if self.request.echo:
+            raise RuntimeError("boom")
+        return sample(self, logits)
+
+    monkeypatch.setattr(Answering, "sample", fail)
+    good = engine.complete(words(20), max_tokens=8)
+    bad = engine.complete(words(20), max_tokens=8, echo=True)
+    assert failing(bad) == "step_failed"
+    assert good.result().finish_reason == "length"
+
+
+def test_a_model_that_cannot_be_loaded_again_fails_requests_and_is_tried_anew(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "model", CONFIG)
+    with load(folder) as engine:
+        engine.unload()
+        weights = next(folder.glob("*.safetensors"))
+        weights.rename(folder / "elsewhere")
+        assert failing_at_any_time(engine)
+        assert engine.health().state == "failed"
+        (folder / "elsewhere").rename(weights)
+        assert engine.complete(words(5), max_tokens=2).result().finish_reason == "length"
+        assert engine.health().state == "ready"
+
+
+def failing_at_any_time(engine: Engine) -> str:
+    return code_of(lambda: engine.complete(words(5), max_tokens=2).result())
+
+
+# The end.
+
+
+def test_closing_ends_requests_and_threads(folder: Path) -> None:
+    threads = threading.active_count()
+    engine = load(folder)
+    reply = engine.complete(words(5), max_tokens=1500, ignore_eos=True)
+    next(reply)
+    engine.close()
+    assert failing(reply) == "closed"
+    assert code_of(lambda: engine.complete("x")) == "closed"
+    assert (engine.health().state, engine.health().is_alive) == ("closed", False)
+    engine.close()
+    assert threading.active_count() == threads
+
+
+def test_an_engine_that_nobody_has_ends(folder: Path) -> None:
+    threads = threading.active_count()
+    engine = load(folder)
+    assert engine.complete(words(5), max_tokens=2).result()
+    del engine
+    gc.collect()
+    until(lambda: threading.active_count() == threads)
+
+
+def test_loading_and_closing_again_and_again_leaves_nothing(folder: Path) -> None:
+    def once() -> None:
+        with load(folder) as engine:
+            engine.complete(words(5), max_tokens=2).result()
+
+    once()
+    held, threads = mx.get_active_memory(), threading.active_count()
+    for _ in range(5):
+        once()
+    assert threading.active_count() == threads
+    assert mx.get_active_memory() <= held
+
+
+def test_unloading_gives_the_weights_back_and_the_next_request_brings_them(folder: Path) -> None:
+    with load(folder) as engine:
+        tokens = engine.complete(words(50), max_tokens=3).result().tokens
+        before, weights = mx.get_active_memory(), engine.memory().weights_bytes
+        engine.unload()
+        assert before - mx.get_active_memory() >= 0.95 * weights
+        assert engine.health().state == "unloaded"
+        assert engine.complete(words(50), max_tokens=3).result().tokens == tokens
+        assert engine.stats()["requests"]["loads"] == 2
+
+
+def test_an_idle_model_is_let_go_of(folder: Path) -> None:
+    with load(folder, idle_unload_s=0) as engine:
+        engine.complete(words(5), max_tokens=2).result()
+        until(lambda: engine.health().state == "unloaded")
+        assert engine.complete(words(5), max_tokens=2).result().finish_reason == "length"
