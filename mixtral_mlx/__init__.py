@@ -10,7 +10,7 @@
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
-    engine     parts of what will run many prompts at once
+    engine     many requests at once, for programs that embed a model
     session    a conversation: its messages, settings and commands
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words
@@ -32,6 +32,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import Config as Config
     from .config import MixtralError as MixtralError
+    from .engine.engine import Engine as Engine
+    from .engine.engine import load as load
+    from .engine.grammar import Format as Format
+    from .engine.reply import Reply as Reply
+    from .engine.request import Done as Done
+    from .engine.request import EngineError as EngineError
+    from .engine.request import PromptProgress as PromptProgress
+    from .engine.request import Request as Request
+    from .engine.request import Result as Result
+    from .engine.request import Token as Token
+    from .engine.request import ToolCallDelta as ToolCallDelta
+    from .engine.tools import ToolChoice as ToolChoice
     from .generate import Chunk as Chunk
     from .generate import Conversation as Conversation
     from .generate import Sampling as Sampling
@@ -41,15 +53,23 @@ if TYPE_CHECKING:
     from .prompt import Tokenizer as Tokenizer
     from .prompt import Tool as Tool
     from .prompt import ToolCall as ToolCall
-    from .weights import Loaded as Loaded
-    from .weights import load as load
     from .weights import locate as locate
 
 _HOMES = {
     "Config": "config",
     "MixtralError": "config",
-    "Loaded": "weights",
-    "load": "weights",
+    "Engine": "engine.engine",
+    "load": "engine.engine",
+    "Format": "engine.grammar",
+    "Reply": "engine.reply",
+    "Done": "engine.request",
+    "EngineError": "engine.request",
+    "PromptProgress": "engine.request",
+    "Request": "engine.request",
+    "Result": "engine.request",
+    "Token": "engine.request",
+    "ToolCallDelta": "engine.request",
+    "ToolChoice": "engine.tools",
     "locate": "weights",
     "Message": "prompt",
     "Tool": "prompt",

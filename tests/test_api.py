@@ -60,11 +60,9 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE) == before, resource.getrlimit(
 def test_talking_to_a_model_brings_in_no_transformers() -> None:
     script = """
 import sys
-from mixtral_mlx import Message, Sampling, Tokenizer, load, locate, stream_generate
-tokenizer = Tokenizer.read(locate(None))
-prompt = tokenizer.encode_chat([Message("user", "Hello")])
-chunks = stream_generate(load(locate(None)).model, tokenizer, prompt, Sampling(max_tokens=3))
-assert len(list(chunks)) == 3
+from mixtral_mlx import load
+with load() as mixtral:
+    assert len(mixtral.chat("Hello", max_tokens=3).result().tokens) == 3
 assert not sys.modules.keys() & {"transformers", "torch"}, "transformers"
 """
     subprocess.run([sys.executable, "-c", script], check=True)

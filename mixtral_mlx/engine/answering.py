@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from .batch import Part
 from .drafts import PassSeconds, Speculation
 from .frozen import Kind
 from .reply import Channel
-from .request import Done, PromptProgress, Request, Token
+from .request import Done, Embedding, PromptProgress, Request, Scores, Token
 from .tools import ToolCallStream
 
 if TYPE_CHECKING:
@@ -46,12 +46,11 @@ class Answering:
         limit: int,
         grammar: Future[Grammar] | None,
         passes: PassSeconds,
-        adapter: str = "",
     ) -> None:
         self.request = request
         self.channel = channel
         self.limit = limit
-        self.kind = Kind(request.kv_bits, request.max_kv, adapter)
+        self.kind = Kind(request.kv_bits, request.max_kv)
         self.tokens = list(request.prompt)
         self.cache: list[Any] = []
         self.read = 0
@@ -64,6 +63,7 @@ class Answering:
         self._clock: Clock | None = None
         self._draft: list[int] = []
         self._shown = 0
+        self._hidden = np.zeros(1)
 
     @property
     def place(self) -> int:
@@ -73,7 +73,18 @@ class Answering:
     @property
     def is_reading(self) -> bool:
         """Whether tokens are still to be read before the next can be generated."""
-        return self.read < len(self.tokens) - 1
+        return self.read < self._to_be_read
+
+    @property
+    def _to_be_read(self) -> int:
+        # The last token goes into the pass that says what follows it.
+        return len(self.tokens) - (self.request.purpose != "embed")
+
+    @property
+    def findable(self) -> Sequence[int]:
+        """The tokens of which a beginning may have been read before; its last one is left to be read in any case."""
+        ends = {"answer": len(self.tokens), "score": self.request.scored_from, "embed": 0}
+        return self.tokens[: ends[self.request.purpose]]
 
     @property
     def is_ready(self) -> bool:
@@ -123,7 +134,13 @@ class Answering:
     def to_read(self, most: int) -> Part:
         """The next tokens to be read, `most` at most, or as many as a window always takes."""
         most = WINDOW_CHUNK_TOKENS if self.request.max_kv else most
-        return Part(self.tokens[self.read : min(self.read + most, len(self.tokens) - 1)], self.cache, 0)
+        end = min(self.read + most, self._to_be_read)
+        ids, wanted = self.tokens[self.read : end], 0
+        if self.request.purpose == "score":
+            wanted = max(end - max(self.read, self.request.scored_from - 1), 0)
+        elif self.request.purpose == "embed":
+            wanted = len(ids)
+        return Part(ids, self.cache, wanted, hidden=self.request.purpose == "embed")
 
     def to_decode(self, most_drafted: int, other_rows: int) -> Part:
         """The last token, and guesses at what follows it, which the same pass checks.
@@ -144,11 +161,35 @@ class Answering:
 
     # What comes of it.
 
-    def has_read(self, count: int) -> None:
-        """So many tokens more are in the cache."""
+    def results(self, part: Part, rows: mx.array) -> list[Sampled]:
+        """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet."""
+        if not len(rows):
+            return []
+        if not self.is_reading:
+            return self.sample(rows)
+        if self.request.purpose == "embed":
+            return [(rows.astype(mx.float32).sum(axis=0),)]
+        end = self.read + len(part.ids)
+        targets = mx.array(self.tokens[end + 1 - len(rows) : end + 1])
+        logits = rows.astype(mx.float32)
+        chosen = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return [(chosen - mx.logsumexp(logits, axis=-1), mx.argmax(logits, axis=-1) == targets)]
+
+    def has_read(self, count: int, results: Sequence[Sampled]) -> None:
+        """So many tokens more are in the cache, with what was wanted of them."""
         self.read += count
         if self.place == 0:
             self._report(self.read)
+        for result in results:
+            if self.request.purpose == "score":
+                logprobs, is_likeliest = (cast(list[Any], array.tolist()) for array in result)
+                self.channel.put(Scores(tuple(logprobs), tuple(is_likeliest)))
+            else:
+                self._hidden = self._hidden + np.array(result[0], np.float64)
+        if self.request.purpose != "answer" and not self.is_reading:
+            if self.request.purpose == "embed":
+                self.channel.put(Embedding(tuple((self._hidden / len(self.tokens)).tolist())))
+            self.finish("stop")
 
     def sample(self, logits: mx.array) -> list[Sampled]:
         """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""

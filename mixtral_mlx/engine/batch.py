@@ -23,32 +23,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """What one sequence puts into a pass: ids to be read into its `cache`; `wanted` logits, those of the last ones."""
+    """What one sequence puts into a pass: ids to be read into its `cache`; `wanted` logits, those of the last ones.
+
+    With `hidden`, the hidden states of the last ones instead."""
 
     ids: Sequence[int]
     cache: Sequence[Any]
     wanted: int
+    hidden: bool = False
 
 
 def run(model: Model, parts: Sequence[Part]) -> list[mx.array]:
-    """One pass: the logits (wanted, V) of each part, not evaluated yet; its ids are in its cache then."""
+    """One pass: what each part wants, logits (wanted, V) or hidden states (wanted, D), not evaluated yet.
+
+    Its ids are in its cache then."""
     if len(parts) == 1:
         hidden = model.model(mx.array([list(parts[0].ids)]), parts[0].cache)
     else:
         lengths = [len(part.ids) for part in parts]
         caches = [SideBySide(layer, lengths) for layer in zip(*(part.cache for part in parts), strict=True)]
         hidden = model.model(mx.array([[token for part in parts for token in part.ids]]), caches)
-    return _logits(model, hidden[0], parts)
+    return _wanted(model, hidden[0], parts)
 
 
-def _logits(model: Model, hidden: mx.array, parts: Sequence[Part]) -> list[mx.array]:
-    """hidden states (N, D) of all parts → what is wanted of each (wanted, V)."""
-    ends = accumulate(len(part.ids) for part in parts)
-    rows = [row for part, end in zip(parts, ends, strict=True) for row in range(end - part.wanted, end)]
-    if not rows:
-        return [mx.zeros((0, model.args.vocab_size)) for _ in parts]
-    logits = model.logits(hidden[mx.array(rows)][None])[0]
-    return [logits[start:end] for start, end in _bounds(part.wanted for part in parts)]
+def _wanted(model: Model, hidden: mx.array, parts: Sequence[Part]) -> list[mx.array]:
+    """hidden states (N, D) of all parts → what is wanted of each."""
+    ends = list(accumulate(len(part.ids) for part in parts))
+    counts = [0 if part.hidden else part.wanted for part in parts]
+    rows = [row for count, end in zip(counts, ends, strict=True) for row in range(end - count, end)]
+    logits = model.logits(hidden[mx.array(rows)][None])[0] if rows else mx.zeros((0, model.args.vocab_size))
+    return [
+        hidden[end - part.wanted : end] if part.hidden else logits[start:stop]
+        for part, end, (start, stop) in zip(parts, ends, _bounds(counts), strict=True)
+    ]
 
 
 def _bounds(lengths: Iterable[int]) -> list[tuple[int, int]]:

@@ -13,20 +13,21 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 import mlx.core as mx
 
-from ..budget import Plan, parse_size
+from ..budget import Plan, in_gb, parse_size
 from ..config import Config
 from ..generate import GenerateError, Sampling
 from ..memory import Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool
 from ..weights import Checkpoint, Progress, locate, relief
 from ..weights import load as load_weights
+from .adapters import Adapter, put, take_out
 from .answering import Answering
 from .blocks import Blocks, fingerprint
 from .drafts import PassSeconds
 from .grammar import Format, Grammar, Vocabulary, compiled
 from .prefixes import Prefixes
 from .reply import Channel, Reply
-from .request import EngineError, Request
+from .request import EngineError, Request, Scores
 from .tools import ToolChoice, tool_rules
 from .worker import Limits, Opened, Worker
 
@@ -128,8 +129,8 @@ class Engine:
             else None
         )
         self._prefixes = Prefixes(0, self._disk)
-        opener = _Opener(folder, loading, self._prefixes)
-        self._worker = Worker(opener, self.tokenizer, self._prefixes, self._passes, limits)
+        self._opener = _Opener(folder, loading, self._prefixes)
+        self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, limits)
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, "mixtral-grammar")
         self._finalizer = weakref.finalize(self, _close, self._worker, self._compilers)
 
@@ -189,6 +190,26 @@ class Engine:
         shown = (prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)) if echo else ""
         return replace(_request(ids, settings), echo=shown)
 
+    def score(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> Scores:
+        """How likely the model finds `continuation` after `prompt`, token by token."""
+        return self.submit(self.score_request(prompt, continuation)).result().scores
+
+    def score_request(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> Request:
+        """What `score` asks, to be handed to `submit`; its result has `scores`."""
+        before = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        after = self.tokenizer.encode(continuation, bos=False) if isinstance(continuation, str) else list(continuation)
+        if not before or not after:
+            raise GenerateError("There is nothing to score.", code="empty_prompt", hint="Give both texts.")
+        return Request((*before, *after), purpose="score", scored_from=len(before))
+
+    def embed(self, text: str | Sequence[int]) -> tuple[float, ...]:
+        """The mean of the last hidden states over a text, (D,). Mixtral was not made for this: expect little of it."""
+        return self.submit(self.embed_request(text)).result().embedding
+
+    def embed_request(self, text: str | Sequence[int]) -> Request:
+        """What `embed` asks, to be handed to `submit`; its result has an `embedding`."""
+        return Request(tuple(self.tokenizer.encode(text) if isinstance(text, str) else text), purpose="embed")
+
     def submit(self, request: Request) -> Reply:
         """Answer a request. Raises `MixtralError` at once where it cannot be answered or has to wait too long."""
         return self._submit([request])[0]
@@ -237,13 +258,17 @@ class Engine:
         # A window takes no more memory, but the model knows no positions past its own limit.
         most = self.config.max_position_embeddings if window else self.context
         room = most - len(prompt)
-        if room < 1:
+        if room < (request.purpose == "answer"):
             raise GenerateError(
                 f"The prompt is {len(prompt):,} tokens long and the context holds {most:,}.",
                 code="context_full",
                 hint="Shorten the prompt, drop the oldest messages, or load the model with a larger context.",
             )
-        return min(room, request.sampling.max_tokens or room)
+        if not 1 <= request.scored_from <= len(prompt):
+            raise GenerateError(
+                f"scored_from is {request.scored_from}, expected 1 to {len(prompt)}.", code="bad_sampling"
+            )
+        return min(room, request.sampling.max_tokens or room) if request.purpose == "answer" else 0
 
     def _compiled(self, request: Request) -> Future[Grammar] | None:
         """The request's grammar, compiled elsewhere."""
@@ -262,6 +287,21 @@ class Engine:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
         return self._vocabulary
+
+    def use_adapter(self, folder: str | Path | None) -> None:
+        """Put a LoRA adapter in mlx-lm's format into the model, or none; replaces the one that is there.
+
+        Returns once it is done: running requests end first, those that wait begin with it. Raises `MixtralError`, and
+        after an adapter that does not fit the model has none."""
+        adapter = Adapter.read(Path(folder).expanduser()) if folder is not None else None
+        opener, worker = self._opener, self._worker
+
+        def swap(opened: Opened) -> None:
+            opener.adapter, worker.adapter = None, ""
+            worker.opened = opener.adapted(opened, adapter)
+            opener.adapter, worker.adapter = adapter, adapter.key if adapter else ""
+
+        worker.call_between(swap).result()
 
     # How it is.
 
@@ -340,6 +380,7 @@ def load(
     context: int | None = None,
     dtype: str = "auto",
     kv_bits: int | None = None,
+    adapter: str | Path | None = None,
     prefix_memory: str | int | None = None,
     cache_dir: str | Path | None = None,
     cache_size: str | int = "10GB",
@@ -354,10 +395,10 @@ def load(
 
     `memory` is what the whole process may use ("12GB", bytes, or a plan of its own; None: what the machine can spare):
     experts that do not fit are streamed. `context` is how many tokens a prompt and its answer may have. `kv_bits`
-    quantizes keys and values of every request. What prompts have in common is kept in memory, up to `prefix_memory` of
-    what running requests leave of the budget, and in `cache_dir` over restarts, up to `cache_size`. An idle model is
-    let go of after `idle_unload_s` and comes back with the next request. `progress` is called with bytes done and in
-    all, on the engine's thread. Raises `MixtralError`."""
+    quantizes keys and values of every request. `adapter` is for `use_adapter`. What prompts have in common is kept in
+    memory, up to `prefix_memory` of what running requests leave of the budget, and in `cache_dir` over restarts, up to
+    `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with the next request. `progress` is
+    called with bytes done and in all, on the engine's thread. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s, kv_bits)
     loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress)
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
@@ -366,6 +407,8 @@ def load(
     engine = Engine(name, locate(model, offline=offline), loading, limits, folder, _size(cache_size))
     try:
         engine.load()
+        if adapter is not None:
+            engine.use_adapter(adapter)
     except BaseException:
         engine.close()
         raise
@@ -379,6 +422,7 @@ class _Opener:
         self.folder = folder
         self.loading = loading
         self.prefixes = prefixes
+        self.adapter: Adapter | None = None
 
     def __call__(self, cancelled: Callable[[], bool]) -> Opened:
         how = self.loading
@@ -400,7 +444,22 @@ class _Opener:
         if loaded.streaming:
             loaded.streaming.before_step = eased.check
         chunk = min(plan.chunk_tokens, _CHUNK_TOKENS) if resident else plan.chunk_tokens
-        return Opened(loaded, eased, kv_bytes, chunk)
+        return self.adapted(Opened(loaded, eased, kv_bytes, chunk, kv_bytes), self.adapter)
+
+    def adapted(self, opened: Opened, adapter: Adapter | None) -> Opened:
+        """`opened` with this adapter, whose memory keys and values go without."""
+        if adapter is None:
+            take_out(opened.loaded.model)
+            return replace(opened, kv_bytes=opened.all_kv_bytes)
+        if adapter.nbytes >= opened.all_kv_bytes:
+            raise EngineError(
+                f"The adapter takes {in_gb(adapter.nbytes)}, and the budget has {in_gb(opened.all_kv_bytes)} for it "
+                "together with keys and values.",
+                code="over_budget",
+                hint="Load the model with a larger context or more memory.",
+            )
+        put(opened.loaded.model, adapter)
+        return replace(opened, kv_bytes=opened.all_kv_bytes - adapter.nbytes)
 
 
 def _answering(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,11 +15,13 @@ from .tools import ToolCallDelta, ToolRules
 
 __all__ = [
     "Done",
+    "Embedding",
     "EngineError",
     "Event",
     "PromptProgress",
     "Request",
     "Result",
+    "Scores",
     "Text",
     "Token",
     "ToolCallDelta",
@@ -35,11 +38,12 @@ class EngineError(MixtralError):
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of ids and how it is to be continued.
+    """A prompt of ids and how it is to be continued, or for another `purpose` scored or embedded.
 
     `kv_bits` (8 or 4) quantizes its keys and values; `max_kv` keeps those of its first 4 tokens and of the latest, so
     many together. `speculate` guesses tokens ahead, which changes the speed only. `response_format` is what the text
-    must be, `rules` are those for the tools it may call. `echo` is text to come before the answer's own."""
+    must be, `rules` are those for the tools it may call. `echo` is text to come before the answer's own. To score is to
+    give the log probabilities of the prompt's tokens from `scored_from` on."""
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
@@ -49,6 +53,8 @@ class Request:
     response_format: Format | None = None
     rules: ToolRules = field(default_factory=ToolRules)
     echo: str = ""
+    purpose: Literal["answer", "score", "embed"] = "answer"
+    scored_from: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,31 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """For consecutive tokens of a prompt: the log probability of each, and whether it was the likeliest of all."""
+
+    logprobs: tuple[float, ...] = ()
+    is_likeliest: tuple[bool, ...] = ()
+
+    @property
+    def logprob(self) -> float:
+        """That of all of them together."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """How many equally likely tokens there might have been at each place, on average."""
+        return math.exp(-self.logprob / len(self.logprobs))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The mean of the last hidden states over a text."""
+
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Done:
     """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled"."""
 
@@ -86,7 +117,7 @@ class Done:
     queued_seconds: float = 0.0
 
 
-Event = PromptProgress | Token | Text | ToolCallDelta | Done
+Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Done
 
 
 @dataclass(frozen=True)
@@ -101,6 +132,8 @@ class Result:
     finish_reason: str
     usage: Usage
     queued_seconds: float
+    scores: Scores
+    embedding: tuple[float, ...]
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Result:
@@ -117,7 +150,16 @@ class Result:
             finish_reason=done.finish_reason,
             usage=done.usage,
             queued_seconds=done.queued_seconds,
+            scores=_joined([event for event in events if isinstance(event, Scores)]),
+            embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
         )
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(
+        tuple(logprob for part in parts for logprob in part.logprobs),
+        tuple(is_likeliest for part in parts for is_likeliest in part.is_likeliest),
+    )
 
 
 def _calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:

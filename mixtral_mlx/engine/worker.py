@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..budget import Footprint, in_gb
 from ..config import MixtralError
 from ..generate import Sampled, taken
-from . import batch
+from . import batch, parking
 from .answering import Answering
 from .request import EngineError
 
@@ -73,12 +73,13 @@ class Counts:
 class Opened:
     """A model in memory; `kv_bytes` is what keys and values may take together, those kept for later included.
 
-    `chunk_tokens` is how many tokens go into a pass at most."""
+    `all_kv_bytes` is what that would be without an adapter. `chunk_tokens` is how many tokens a pass has at most."""
 
     loaded: Loaded
     relief: Relief
     kv_bytes: int
     chunk_tokens: int
+    all_kv_bytes: int
 
 
 class Worker:
@@ -99,6 +100,8 @@ class Worker:
         self.limits = limits
         self.opened: Opened | None = None
         self.busy_since: float | None = None
+        self.adapter = ""
+        """What tells the model's adapter apart from others; only to be set within `call_between`."""
         self._open_model = open_model
         self._tokenizer = tokenizer
         self._prefixes = prefixes
@@ -106,19 +109,20 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: deque[Answering] = deque()
         self._calls: deque[Callable[[], object]] = deque()
+        self._calls_between: deque[Callable[[], object]] = deque()
         self._closing = False
         self._running: list[Answering] = []
         self._turn = 0
         self._footprints: dict[int | None, Footprint] = {}
-        self._thread = threading.Thread(target=self._work, name="mixtral-engine", daemon=True)
-        self._thread.start()
+        self._thread_id: int | None = None
+        self._ended = parking.run(self._work)
 
     # From any thread.
 
     @property
     def is_alive(self) -> bool:
         """Whether requests can still be answered."""
-        return self._thread.is_alive() and not self._closing
+        return not (self._closing or self._ended.is_set())
 
     @property
     def running(self) -> int:
@@ -160,22 +164,26 @@ class Worker:
 
     def call(self, function: Callable[[Opened], T]) -> Future[T]:
         """Run `function` with the model, loaded if need be, between two steps."""
-        return self._call(lambda: function(self._open()))
+        return self._call(self._calls, lambda: function(self._open()))
+
+    def call_between(self, function: Callable[[Opened], T]) -> Future[T]:
+        """Run `function` with the model once no request runs; those that wait begin after it."""
+        return self._call(self._calls_between, lambda: function(self._open()))
 
     def unload(self) -> None:
         """Let go of the model; the next request loads it again. Raises `EngineError` while requests run or wait."""
-        self._call(self._unload).result()
+        self._call(self._calls, self._unload).result()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """End what runs and waits with an error, let go of the model, end the thread; False if that takes longer."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if threading.get_ident() != self._thread_id:
+            self._ended.wait(timeout_s)
+        return self._ended.is_set()
 
-    def _call(self, function: Callable[[], T]) -> Future[T]:
+    def _call(self, line: deque[Callable[[], object]], function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
 
         def run() -> None:
@@ -189,7 +197,7 @@ class Worker:
         with self._changed:
             if self._closing:
                 raise _closed()
-            self._calls.append(run)
+            line.append(run)
             self._changed.notify_all()
         return future
 
@@ -202,6 +210,7 @@ class Worker:
     # The thread.
 
     def _work(self) -> None:
+        self._thread_id = threading.get_ident()
         while self._has_work():
             self.busy_since = time.monotonic()
             try:
@@ -211,7 +220,7 @@ class Worker:
             self.busy_since = None
         self._break_off([*self._running, *self._waiting], _closed())
         self._waiting.clear()
-        for call in self._calls:
+        for call in (*self._calls, *self._calls_between):
             call()  # They find the engine closed.
         self._let_go()
         self.state = "closed"
@@ -220,10 +229,14 @@ class Worker:
         """Wait for something to do; False when the thread is to end."""
         idle_since = time.monotonic()
         with self._changed:
-            while not (self._closing or self._calls or self._running or any(a.is_ready for a in self._waiting)):
+            while not (self._closing or self._running or self._has_calls or any(a.is_ready for a in self._waiting)):
                 if not self._changed.wait(self._until_unload(idle_since)) and not self._waiting:
                     self._let_go()
             return not self._closing
+
+    @property
+    def _has_calls(self) -> bool:
+        return bool(self._calls or self._calls_between)
 
     def _until_unload(self, idle_since: float) -> float | None:
         after = self.limits.idle_unload_s
@@ -235,7 +248,10 @@ class Worker:
         while self._calls:
             self._calls.popleft()()
         self._drop_cancelled()
-        self._admit()
+        while self._calls_between and not self._running:
+            self._calls_between.popleft()()
+        if not self._calls_between:
+            self._admit()
         self._make_room()
         for group in self._groups():
             self._pass(group)
@@ -289,6 +305,7 @@ class Worker:
         """Begin a request; False if it has to wait, and all that come after it."""
         try:
             opened = self._open()
+            answering.kind = replace(answering.kind, adapter=self.adapter)
             if self._waits_for_prefix(answering):
                 return True  # Others need not wait with it.
             if not self._has_room(answering, opened):
@@ -309,7 +326,7 @@ class Worker:
     def _found(self, answering: Answering, opened: Opened) -> tuple[int, list[Any]] | None:
         """What is kept of its tokens' beginning; no more than whole chunks where its sums may not depend on that."""
         in_chunks = opened.chunk_tokens if self.limits.deterministic else 1
-        return self._prefixes.find(answering.kind, answering.tokens, multiple_of=in_chunks)
+        return self._prefixes.find(answering.kind, answering.findable, multiple_of=in_chunks)
 
     def _waits_for_prefix(self, answering: Answering) -> bool:
         """Whether most of it is being read for another just now: then that is worth waiting for."""
@@ -409,32 +426,30 @@ class Worker:
         begun = time.perf_counter()
         try:
             logits = batch.run(self.opened.loaded.model, [part for _, part in group])
-            sampled = [self._sampled(a, rows) for (a, _), rows in zip(group, logits, strict=True)]
-            mx.eval(sampled, [layer.state for a, part in group if not part.wanted for layer in a.cache])
+            results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
+            mx.eval(results, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
         self._account(group, time.perf_counter() - begun)
-        for (answering, part), steps in zip(group, sampled, strict=True):
-            self._hand_out(answering, part, steps)
+        for (answering, part), some in zip(group, results, strict=True):
+            self._hand_out(answering, part, some)
 
-    def _sampled(self, answering: Answering, logits: mx.array) -> list[Sampled]:
-        if not len(logits):
-            return []
+    def _results(self, answering: Answering, part: batch.Part, rows: mx.array) -> list[Sampled]:
         try:
-            return answering.sample(logits)
+            return answering.results(part, rows)
         except Exception as error:  # A grammar's or a sampler's: this request's alone.
             self._end(answering, error)
             return []
 
-    def _hand_out(self, answering: Answering, part: batch.Part, sampled: Sequence[Sampled]) -> None:
+    def _hand_out(self, answering: Answering, part: batch.Part, results: Sequence[Sampled]) -> None:
         if answering.finished:
             return
         try:
-            if part.wanted:
-                self.counts.generated_tokens += answering.take([taken(one) for one in sampled])
+            if not answering.is_reading:
+                self.counts.generated_tokens += answering.take([taken(one) for one in results])
             else:
-                answering.has_read(len(part.ids))
+                answering.has_read(len(part.ids), results)
                 if not answering.is_reading:
                     self._share(answering)
         except Exception as error:
@@ -451,7 +466,7 @@ class Worker:
             self._keep(answering)
 
     def _account(self, group: Sequence[tuple[Answering, batch.Part]], seconds: float) -> None:
-        read = sum(len(part.ids) for _, part in group if not part.wanted)
+        read = sum(len(part.ids) for answering, part in group if answering.is_reading)
         self.counts.prompt_tokens += read
         self.counts.passes += 1
         self.counts.pass_seconds += seconds
