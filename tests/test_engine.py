@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import pytest
@@ -23,9 +27,10 @@ from mlx.utils import tree_flatten
 
 from mixtral_mlx.config import MixtralError
 from mixtral_mlx.convert.perplexity import perplexity
-from mixtral_mlx.engine import parking
+from mixtral_mlx.engine import batch, parking
+from mixtral_mlx.engine.answering import Answering
 from mixtral_mlx.engine.engine import Engine, load
-from mixtral_mlx.engine.grammar import Format
+from mixtral_mlx.engine.grammar import Format, GrammarError, Matcher
 from mixtral_mlx.engine.reply import Reply
 from mixtral_mlx.engine.request import (
     Done,
@@ -38,6 +43,7 @@ from mixtral_mlx.engine.request import (
 )
 from mixtral_mlx.engine.worker import Worker
 from mixtral_mlx.generate import Conversation, Sampling, stream_generate
+from mixtral_mlx.memory import rss_bytes
 from mixtral_mlx.prompt import Message, Tokenizer, Tool
 from mixtral_mlx.weights import load as load_weights
 
@@ -92,10 +98,23 @@ def os_threads() -> int:
     return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
+def on_thread(engine: Engine, function: Callable[[], Any]) -> Any:
+    """What `function` says on the engine's thread, between two steps."""
+    return engine._worker.call(lambda opened: function()).result()
+
+
 def code_of(ask: Callable[[], Any]) -> str:
     with pytest.raises(MixtralError) as caught:
         ask()
     return caught.value.code
+
+
+def outcome(reply: Reply) -> tuple[str, Result | None]:
+    """The code of the error a request ended with, or else its result."""
+    try:
+        return "", reply.result()
+    except MixtralError as error:
+        return error.code, None
 
 
 def failing(reply: Reply) -> str:
@@ -469,18 +488,39 @@ def test_a_request_ends_when_nobody_wants_it(engine: Engine, how: str) -> None:
     assert engine.complete(words(5), max_tokens=3).result().finish_reason == "length"
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_cancelling_at_any_moment_frees_memory_and_changes_nothing(engine: Engine, seed: int) -> None:
+def cancel_somewhere(engine: Engine, seed: int) -> None:
+    """Cancel a request at some moment: it ends, its memory is free, and the same request is answered as before."""
     chosen = random.Random(seed)
     request = replace(random_request(chosen), max_kv=None)
     expected = engine.submit(request).result()
+    until(lambda: engine.health().running == 0)
+    on_thread(engine, engine._prefixes.clear)
+    held = on_thread(engine, mx.get_active_memory)
+    busy = [engine.complete(words(300, seed=seed), max_tokens=20) for _ in range(chosen.choice([0, 2]))]
     reply = engine.submit(request)
-    for _ in range(chosen.randrange(12)):
+    for _ in range(chosen.randrange(14)):
         next(reply, None)
+    said = engine.stats()["requests"]["generated_tokens"]
     reply.cancel()
     assert reply.result().finish_reason in ("cancelled", expected.finish_reason)
+    assert busy or engine.stats()["requests"]["generated_tokens"] - said < 60
+    for other in busy:
+        other.result()
     until(lambda: engine.health().running == 0)
+    on_thread(engine, engine._prefixes.clear)
+    assert on_thread(engine, mx.get_active_memory) <= 1.01 * held
     assert engine.submit(request).result().tokens == expected.tokens
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cancelling_at_any_moment_frees_memory_and_changes_nothing(pair: tuple[Engine, Engine], seed: int) -> None:
+    cancel_somewhere(pair[0], seed)
+
+
+@pytest.mark.long
+def test_cancelling_at_200_moments(pair: tuple[Engine, Engine]) -> None:
+    for seed in range(100, 200):
+        cancel_somewhere(pair[0], seed)
 
 
 def test_a_cancelled_task_cancels_its_request(engine: Engine) -> None:
@@ -536,21 +576,87 @@ def test_a_failed_step_fails_what_ran_and_the_engine_goes_on(engine: Engine, mon
         assert engine.health().state == "ready"
 
 
-def test_a_failing_sampler_ends_its_own_request_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixtral_mlx.engine.answering import Answering
+FAILURES = ("model", "memory", "sampler", "grammar", "reader")
 
-    sample = Answering.sample
 
-    def fail(self: Answering, logits: mx.array) -> Any:
-        if self.request.echo:
-            raise RuntimeError("boom")
-        return sample(self, logits)
+@contextmanager
+def failing_once(where: str, after: int) -> Iterator[list[str]]:
+    """Something goes wrong, once: the `after`-th time that a pass, a sampler, a grammar or a reader is at work.
 
-    monkeypatch.setattr(Answering, "sample", fail)
-    good = engine.complete(words(20), max_tokens=8)
-    bad = engine.complete(words(20), max_tokens=8, echo=True)
-    assert failing(bad) == "step_failed"
-    assert good.result().finish_reason == "length"
+    What is yielded says whether it has, and whose request it was where only one is concerned."""
+    left, happened = [after], list[str]()
+
+    def now(whose: str = "") -> bool:
+        left[0] -= 1
+        if left[0] == 0:
+            happened.append(whose)
+        return left[0] == 0
+
+    def run(model: Any, parts: Any) -> Any:
+        if now():
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes." if where == "memory" else "boom")
+        return batch_run(model, parts)
+
+    def sample(self: Answering, logits: mx.array) -> Any:
+        if now(str(self.request.sampling.seed)):
+            raise ValueError("boom")
+        return answering_sample(self, logits)
+
+    def mask(self: Matcher) -> Any:
+        if now():
+            raise GrammarError("boom", code="grammar_too_slow")
+        return matcher_mask(self)
+
+    def preadv(*arguments: Any) -> int:
+        if now():
+            raise OSError(errno.EIO, "Input/output error")
+        return os_preadv(*arguments)
+
+    batch_run, answering_sample, matcher_mask, os_preadv = batch.run, Answering.sample, Matcher.mask, os.preadv
+    target: Any
+    target, name, broken = {
+        "model": (batch, "run", run),
+        "memory": (batch, "run", run),
+        "sampler": (Answering, "sample", sample),
+        "grammar": (Matcher, "mask", mask),
+        "reader": (os, "preadv", preadv),
+    }[where]
+    with patch.object(target, name, broken):
+        yield happened
+
+
+CODES = {"model": "step_failed", "memory": "out_of_memory", "sampler": "step_failed", "grammar": "grammar_too_slow"}
+CODES["reader"] = "read_failed"
+
+
+def fail_somewhere(engine: Engine, alone: Engine, seed: int) -> int:
+    """Let something go wrong in the midst of several requests; returns how many of them that ended."""
+    chosen = random.Random(seed)
+    where = FAILURES[seed % len(FAILURES)]
+    requests = [random_request(chosen) for _ in range(4)]
+    expected = [alone.submit(request).result() for request in requests]
+    failed = 0
+    with failing_once(where, chosen.randrange(1, 12)) as happened:
+        for reply, one in zip([engine.submit(request) for request in requests], expected, strict=True):
+            code, result = outcome(reply)
+            assert result is None or result.tokens == one.tokens
+            assert code in ("", CODES[where])
+            failed += bool(code)
+    assert failed <= (len(requests) if where in ("model", "memory", "reader") else 1)
+    assert bool(failed) == bool(happened) or where == "grammar"  # Compiling asks for a mask as well.
+    assert engine.submit(requests[0]).result().tokens == expected[0].tokens
+    assert (engine.health().state, engine.health().is_alive, engine.health().queued) == ("ready", True, 0)
+    return failed
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_fails_ends_alone_and_the_engine_answers_the_next(pair: tuple[Engine, Engine], seed: int) -> None:
+    fail_somewhere(*pair, seed)
+
+
+@pytest.mark.long
+def test_300_failures(pair: tuple[Engine, Engine]) -> None:
+    assert sum(fail_somewhere(*pair, seed) > 0 for seed in range(1000, 1150)) > 75
 
 
 def test_a_model_that_cannot_be_loaded_again_fails_requests_and_is_tried_anew(tmp_path: Path) -> None:
@@ -595,17 +701,30 @@ def test_an_engine_that_nobody_has_ends(folder: Path) -> None:
     until(lambda: active_threads() == threads)
 
 
-def test_loading_and_closing_again_and_again_leaves_nothing(folder: Path) -> None:
-    def once() -> None:
+def load_and_close(folder: Path, times: int) -> None:
+    def once() -> tuple[int, int, int]:
         with load(folder) as engine:
             engine.complete(words(5), max_tokens=2).result()
+        gc.collect()
+        return rss_bytes(), os_threads(), len(os.listdir("/dev/fd"))  # noqa: PTH208 (it opens itself)
 
-    once()
-    held, threads = mx.get_active_memory(), os_threads()
-    for _ in range(5):
-        once()
-    assert os_threads() <= threads
+    for _ in range(3):
+        rss, threads, files = once()
+    held = mx.get_active_memory()
+    for _ in range(times):
+        last = once()
+    assert last[1:] == (threads, files)
+    assert last[0] - rss < 20_000_000
     assert mx.get_active_memory() <= held
+
+
+def test_loading_and_closing_again_and_again_leaves_nothing(folder: Path) -> None:
+    load_and_close(folder, 5)
+
+
+@pytest.mark.long
+def test_loading_and_closing_200_times(folder: Path) -> None:
+    load_and_close(folder, 200)
 
 
 def test_unloading_gives_the_weights_back_and_the_next_request_brings_them(folder: Path) -> None:

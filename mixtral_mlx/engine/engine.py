@@ -308,10 +308,15 @@ class Engine:
     @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        opened = self._worker.opened
-        if opened is None:
-            opened = self._worker.call(lambda opened: opened).result()
-        return opened.loaded.plan.context
+        return self._opened().loaded.plan.context
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of prompts that go into one pass."""
+        return self._opened().chunk_tokens
+
+    def _opened(self) -> Opened:
+        return self._worker.opened or self._worker.call(lambda opened: opened).result()
 
     def memory(self) -> MemoryUse:
         """Who holds how much memory now."""
