@@ -5,7 +5,8 @@
 
 OTHER_PYTHON is that of an environment with llama-cpp-python. Each engine runs in a memory cgroup of the budget's size,
 where what it allocates and the pages of files it reads or maps both count, and starts with none of the model's pages
-cached. Before each, the disk is measured: some drift. Without --memory there is no limit and no --memory for ours.
+cached. Before each, the disk is measured: some drift. Without --memory there is no limit and no --memory for ours. Ours
+and llama.cpp have room for the same context.
 
 After a prompt of --context ids, as many tokens as fit into --seconds are timed, --tokens at most, drawn at random so
 that random weights route them evenly: ours at temperature 1, the others are given them. Peak RSS, bytes read and CPU
@@ -245,14 +246,14 @@ class Watched:
 # How each engine decodes.
 
 
-def ours(folder: Path, vocab_size: int) -> Callable[[Work, int | None, Watched], Decoded]:
+def ours(folder: Path, vocab_size: int, room: int) -> Callable[[Work, int | None, Watched], Decoded]:
     def generate(work: Work, budget_bytes: int | None, process: Watched, tokens: int) -> dict[str, Any]:
         ids = ",".join(map(str, drawn_ids(vocab_size, work.context)))
         command = [sys.executable, "-m", "mixtral_mlx", "generate", "--model", str(folder), "--prompt-ids", ids]
         command += ["--max-tokens", str(tokens), "--json", "--quiet"]
         command += ["--temperature", "1", "--seed", "1"]  # What random weights think likeliest soon repeats itself.
         if budget_bytes is not None:
-            command += ["--memory", f"{budget_bytes / 1e9:g}GB"]
+            command += ["--memory", f"{budget_bytes / 1e9:g}GB", "--context", str(room)]
         process.start(command)
         return process.ask(None, work.first_s + work.timed_s)
 
@@ -407,10 +408,10 @@ def over_budget(measurements: Sequence[Measurement]) -> list[str]:
 def _engines(args: argparse.Namespace) -> list[Engine]:
     weights = tuple(sorted(args.folder.glob("*.safetensors")))
     vocab_size = int(json.loads((args.folder / "config.json").read_text())["vocab_size"])
-    engines = [Engine("mixtral-mlx", weights, ours(args.folder, vocab_size))]
+    room = args.context + args.tokens + _ROOM
+    engines = [Engine("mixtral-mlx", weights, ours(args.folder, vocab_size, room))]
     if args.gguf:
-        room = str(args.context + args.tokens + _ROOM)
-        command = (args.python, str(_HERE / "peer_llama.py"), str(args.gguf), str(args.threads), room)
+        command = (args.python, str(_HERE / "peer_llama.py"), str(args.gguf), str(args.threads), str(room))
         engines.append(Engine("llama.cpp", (args.gguf,), peer(*command, "mapped"), args.preload))
         if args.repacked:
             engines.append(Engine("llama.cpp repack", (args.gguf,), peer(*command), args.preload))

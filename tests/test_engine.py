@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import runpy
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -872,3 +874,30 @@ def test_an_adapter_that_cannot_be_used_is_refused_and_changes_nothing(
         engine.use_adapter(adapter)
     assert caught.value.code == "bad_adapter"
     assert engine.complete(words(40), max_tokens=5).result().tokens == before
+
+
+def test_the_harness_adapter_scores_and_continues(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class LM:
+        """Stands in for the harness, which is too large to test with: a base class without a say in anything."""
+
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        stand_in: Any = ModuleType(name)
+        stand_in.LM, stand_in.simple_evaluate = LM, None
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "lm_eval_adapter.py"))
+    model = example["MixtralLM"](engine)
+
+    def asked(*args: Any) -> Any:
+        return SimpleNamespace(args=args)
+
+    pairs = [("The capital of France is ", "Paris"), ("", "Hello there"), ("One two", " three")] * 20
+    ids = engine.tokenizer.encode("The capital of France is Paris")
+    answers = model.loglikelihood([asked(*pair) for pair in pairs])
+    assert len(answers) == 60
+    before = len(engine.tokenizer.encode("The capital of France is"))
+    assert answers[0][0] == pytest.approx(engine.score(ids[:before], ids[before:]).logprob, abs=1e-3)
+    hello = engine.tokenizer.encode("Hello there")
+    assert model.loglikelihood_rolling([asked("Hello there")]) == [pytest.approx(answers[1][0], abs=1e-3)]
+    assert answers[1][0] == pytest.approx(engine.score(hello[:1], hello[1:]).logprob, abs=1e-3)
+    (text,) = model.generate_until([asked("Hello", {"until": ["e"], "max_gen_toks": 9})])
+    assert text == engine.complete("Hello", stop="e", max_tokens=9).text()

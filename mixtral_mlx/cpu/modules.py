@@ -90,6 +90,13 @@ def _numpy(x: mx.array) -> Floats:
     return np.ascontiguousarray(np.array(x if x.dtype == mx.float32 else x.astype(mx.float32), copy=False))
 
 
+def _aligned(count: int) -> Floats:
+    """Memory for so many floats that begins with a cache line: no vector of it lies in two."""
+    memory = np.empty(count + products.LINE, np.float32)
+    start = -(memory.ctypes.data // memory.itemsize) % products.LINE
+    return memory[start : start + count]
+
+
 class _Rows:
     """Rows of x (N, K), laid out for products with weights of one format after the other."""
 
@@ -118,8 +125,9 @@ class _Rows:
 
     def _arrange(self, planes: int, group: int) -> tuple[Floats, Floats]:
         plan, rows = self.plan, len(self.source)
-        out, sums = np.empty(rows * self.columns, np.float32), np.empty(rows * (self.columns // group), np.float32)
-        products.arrange(out, sums, self.x, self.source, plan.starts, plan.alone, self.columns, group, planes)
+        out, sums = _aligned(rows * self.columns), np.empty(rows * (self.columns // group), np.float32)
+        which = plan.starts, plan.alone, plan.summed
+        products.arrange(out, sums, self.x, self.source, *which, self.columns, group, planes)
         return out, sums
 
 

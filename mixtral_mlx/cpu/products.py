@@ -36,6 +36,7 @@ from .unpack import AHEAD, read_scales, unpack
 # A step multiplies ROWS rows of weights by COLUMNS rows of x: as many sums as registers hold beside what is loaded.
 ROWS = 4
 COLUMNS = 2 if LANES == 8 else 4
+LINE = 16  # floats of a cache line
 # Weights are unpacked so many columns at a time, so that they and the x they meet stay in the first-level cache.
 DEPTH = 1024
 # More of x than so many floats is done in several rounds, so that what a round needs stays in the second-level cache.
@@ -67,13 +68,14 @@ class Plan(NamedTuple):
     An expert with a single row has it alone; one with more has blocks of COLUMNS rows, their vectors side by side.
 
     counts (E,), starts (E,): its rows of the P. source (P,): the row of x (-1: padding). alone (P,): not in a block.
-    place (T · per_token,): the row that answers each choice."""
+    summed (P,): not more than a block has. place (T · per_token,): the row that answers each choice."""
 
     counts: np.ndarray[Any, Any]
     starts: np.ndarray[Any, Any]
     source: np.ndarray[Any, Any]
     place: np.ndarray[Any, Any]
     alone: np.ndarray[Any, Any]
+    summed: np.ndarray[Any, Any]
 
 
 def plan(chosen: np.ndarray[Any, Any], experts: int, per_token: int) -> Plan:
@@ -91,7 +93,7 @@ def _plan(chosen: Any, experts: int, per_token: int) -> Any:
     for expert in range(experts):
         starts[expert] = rows
         rows += 1 if counts[expert] == 1 else -(-counts[expert] // COLUMNS) * COLUMNS
-    source, alone = np.full(rows, -1), np.zeros(rows, np.bool_)
+    source, alone, summed = np.full(rows, -1), np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
     place = np.empty(len(chosen), np.int64)
     filled = starts.copy()
     for n in range(len(chosen)):
@@ -99,21 +101,30 @@ def _plan(chosen: Any, experts: int, per_token: int) -> Any:
         filled[chosen[n]] += 1
         source[row], place[n] = n // per_token, row
         alone[row] = counts[chosen[n]] == 1
-    return counts, starts, source, place, alone
+        summed[row] = counts[chosen[n]] <= COLUMNS
+    return counts, starts, source, place, alone, summed
 
 
 @entry
 def arrange(
-    out: Any, sums: Any, x: Any, source: Any, starts: Any, alone: Any, columns: int, group: int, planes: int
+    out: Any,
+    sums: Any,
+    x: Any,
+    source: Any,
+    starts: Any,
+    alone: Any,
+    summed: Any,
+    columns: int,
+    group: int,
+    planes: int,
 ) -> None:
-    """Lay out the rows of `x` (T, K) that `source` names: `out` (P, K), and the `sums` (P, G) of lone ones' groups."""
+    """Lay out the rows of `x` (T, K) that `source` names: `out` (P, K), and the `sums` (P, G) of groups of `summed`."""
     parts = 1 if len(source) < 2 * COLUMNS else len(source)
     for part in prange(parts):
         for row in range(part * len(source) // parts, (part + 1) * len(source) // parts):
             first = source[row] * columns
             if alone[row]:
                 _arrange_row(out, row * columns, LANES, x, first, columns, planes)
-                _sum_groups(sums, row * (columns // group), x, first, columns, group)
             else:
                 start = 0
                 for n in range(len(starts)):
@@ -121,6 +132,8 @@ def arrange(
                 column = (row - start) % COLUMNS
                 at = (row - column) * columns + column * LANES
                 _arrange_row(out, at, COLUMNS * LANES, x, first, columns, planes)
+            if summed[row]:
+                _sum_groups(sums, row * (columns // group), x, first, columns, group)
 
 
 @compiled
@@ -151,10 +164,14 @@ def multiply_rows(out: Any, x: Any, sums: Any, counts: Any, starts: Any, stored:
     for thread in prange(threads):
         begin = thread * (weights.rows // ROWS) // threads * ROWS
         end = (thread + 1) * (weights.rows // ROWS) // threads * ROWS
-        work = np.zeros(ROWS * (DEPTH + 2 * (weights.columns // weights.group)), np.float32)
+        memory = np.zeros(ROWS * (DEPTH + 2 * (weights.columns // weights.group)) + LINE, np.float32)
+        work = memory[-(memory.ctypes.data // 4) % LINE :]  # No vector of it lies in two cache lines.
         for expert in range(len(counts)):
-            if counts[expert] == 1 and weights.bits == 4 and weights.planes == 2 and not weights.fp4:
-                _one_row(out, x, sums, starts[expert], weights, expert, begin, end, work)
+            if 0 < counts[expert] <= COLUMNS and weights.bits == 4 and weights.planes == 2 and not weights.fp4:
+                if counts[expert] == 1:
+                    _one_row(out, x, sums, starts[expert], weights, expert, begin, end, work)
+                else:
+                    _few_rows(out, x, sums, starts[expert], counts[expert], weights, expert, begin, end, work)
                 continue
             most = max(ROUND // weights.columns // COLUMNS, 1) * COLUMNS
             for done in range(0, counts[expert], most):
@@ -206,6 +223,110 @@ def _scaled_codes(
             x_at += 2 * LANES
         result = fma(part, broadcast(scales[scales_at + g]), result)
     return result
+
+
+@compiled
+def _few_rows(
+    out: Any,
+    x: Any,
+    sums: Any,
+    start: int,
+    count: int,
+    weights: Weights,
+    expert: int,
+    begin: int,
+    end: int,
+    work: Any,
+) -> None:
+    """The same for 2 to COLUMNS rows of x, a block from `start` on: each code is taken from its byte once for all.
+
+    Sums are taken in the order of a single row's, so that a row's are the same bits in either company."""
+    columns, group, rows = weights.columns, weights.group, weights.rows
+    groups, per_round = columns // group, max(DEPTH // group, 1)
+    whole, sums_at = groups - groups % LANES, 2 * ROWS * groups
+    for n in range(begin, end, ROWS):
+        row = expert * rows + n
+        # The scales' own reading ahead: they are too few bytes a row for the processor to see where this goes.
+        prefetch(weights.scales, (row + 2 * ROWS) * groups * 2)
+        prefetch(weights.biases, (row + 2 * ROWS) * groups * 2)
+        read_scales(work, 0, weights.scales, row * groups, ROWS * groups, weights.form)
+        read_scales(work, ROWS * groups, weights.biases, row * groups, ROWS * groups, weights.form)
+        for r in range(ROWS):
+            for c in range(count):
+                dot = vector_dot(work, (ROWS + r) * groups, sums, (start + c) * groups, whole)
+                store(work, sums_at + (r * COLUMNS + c) * LANES, dot)
+        # A part of x at a time, which stays in the first-level cache for all rows of weights.
+        for g in range(0, groups, per_round):
+            some = min(per_round, groups - g)
+            for r in range(ROWS):
+                w_at = ((row + r) * columns + g * group) // 2
+                x_at = start * columns + g * group * COLUMNS
+                at, scales_at = sums_at + r * COLUMNS * LANES, r * groups + g
+                if COLUMNS == 2 or count == 2:
+                    if group == 64:
+                        _two_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
+                    else:
+                        _two_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
+                elif group == 64:
+                    _four_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
+                else:
+                    _four_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
+        for r in range(ROWS):
+            for c in range(count):
+                value = total(load(work, sums_at + (r * COLUMNS + c) * LANES))
+                for g in range(whole, groups):
+                    value += work[(ROWS + r) * groups + g] * sums[(start + c) * groups + g]
+                out[(start + c) * rows + n + r] = value
+
+
+@inlined
+def _two_scaled(
+    work: Any, at: int, packed: Any, w_at: int, x: Any, x_at: int, scales_at: int, groups: int, group: int
+) -> None:
+    """Onto two sums in `work`: scale · code · x, lane by lane."""
+    a, b = load(work, at), load(work, at + LANES)
+    for g in range(groups):
+        of_a = of_b = broadcast(np.float32(0))
+        prefetch(packed, w_at + AHEAD)
+        for _ in range(group // (2 * LANES)):
+            some = load_bytes(packed, w_at)
+            low, high = field(some, 0, 15), field(some, 4, 15)
+            of_a, of_b = fma(low, load(x, x_at), of_a), fma(low, load(x, x_at + LANES), of_b)
+            x_at += COLUMNS * LANES
+            of_a, of_b = fma(high, load(x, x_at), of_a), fma(high, load(x, x_at + LANES), of_b)
+            x_at += COLUMNS * LANES
+            w_at += LANES
+        scale = broadcast(work[scales_at + g])
+        a, b = fma(of_a, scale, a), fma(of_b, scale, b)
+    store(work, at, a)
+    store(work, at + LANES, b)
+
+
+@inlined
+def _four_scaled(
+    work: Any, at: int, packed: Any, w_at: int, x: Any, x_at: int, scales_at: int, groups: int, group: int
+) -> None:
+    a, b = load(work, at), load(work, at + LANES)
+    c, d = load(work, at + 2 * LANES), load(work, at + 3 * LANES)
+    for g in range(groups):
+        of_a = of_b = of_c = of_d = broadcast(np.float32(0))
+        prefetch(packed, w_at + AHEAD)
+        for _ in range(group // (2 * LANES)):
+            some = load_bytes(packed, w_at)
+            low, high = field(some, 0, 15), field(some, 4, 15)
+            of_a, of_b = fma(low, load(x, x_at), of_a), fma(low, load(x, x_at + LANES), of_b)
+            of_c, of_d = fma(low, load(x, x_at + 2 * LANES), of_c), fma(low, load(x, x_at + 3 * LANES), of_d)
+            x_at += 4 * LANES
+            of_a, of_b = fma(high, load(x, x_at), of_a), fma(high, load(x, x_at + LANES), of_b)
+            of_c, of_d = fma(high, load(x, x_at + 2 * LANES), of_c), fma(high, load(x, x_at + 3 * LANES), of_d)
+            x_at += 4 * LANES
+            w_at += LANES
+        scale = broadcast(work[scales_at + g])
+        a, b, c, d = fma(of_a, scale, a), fma(of_b, scale, b), fma(of_c, scale, c), fma(of_d, scale, d)
+    store(work, at, a)
+    store(work, at + LANES, b)
+    store(work, at + 2 * LANES, c)
+    store(work, at + 3 * LANES, d)
 
 
 @compiled
