@@ -9,8 +9,8 @@ batches: tokens per second of all requests together, with prompts of 8 random id
 mlx-lm on the same weights in float32, with --their-tokens each, since it may be slow. gap: the longest pause of a
 running stream while a long prompt is read, over what one chunk of that prompt takes alone. follow-up: seconds to the
 first token after a long prompt that was read before, from memory, and from disk after a restart, over the cold ones.
-speculation: with drafts and without, on a text that repeats its prompt, and on one that does not; random weights write
-nothing a draft could guess, so a FOLDER that learned something, as the demo, says more."""
+speculation: with drafts and without, on a text to be copied (by a model that can), on one token again and again
+(where every guess is right), and on free text at temperature 1, where hardly any is."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,15 +125,15 @@ def gap(args: argparse.Namespace) -> None:
         for _ in range(8):
             _until_first(running)
         gaps, last = [], time.perf_counter()
-        long = engine.complete(random_ids(args.prompt, vocab, 4), max_tokens=1)
-        for event in running:
-            if isinstance(event, Token):
-                now = time.perf_counter()
-                gaps.append(now - last)
-                last = now
-            if engine.health().running == 1:
-                break
-        long.result()
+        with ThreadPoolExecutor(1) as threads:
+            long = threads.submit(engine.complete(random_ids(args.prompt, vocab, 4), max_tokens=1).result)
+            for event in running:
+                if isinstance(event, Token):
+                    now = time.perf_counter()
+                    gaps.append(now - last)
+                    last = now
+                if long.done():
+                    break
         running.cancel()
     print(f"a chunk of {chunk} tokens alone: {alone:.2f} s, with its request's first token")
     print(f"a prompt of {args.prompt:,} beside a stream: {len(gaps)} tokens, the longest gap {max(gaps):.2f} s")
@@ -175,10 +176,10 @@ _COPIED = (
 def speculation(args: argparse.Namespace) -> None:
     with load(args.folder, memory=args.memory) as engine:
         copied = engine.tokenizer.encode(_COPIED)
-        # The text is made to repeat the prompt, whatever the model would say, so that any weights do for timing.
         forced = [*copied, *copied[1:8]]
         kinds: list[tuple[str, list[int], dict[str, Any]]] = [
             ("copy", forced, {"temperature": 0.0}),
+            ("loop", copied, {"temperature": 0.0, "logit_bias": {copied[5]: 1000.0}}),
             ("free", engine.tokenizer.encode("Once upon a time"), {"temperature": 1.0, "seed": 1}),
         ]
         print("text  tokens per pass  tok/s with  without  ratio  same tokens")

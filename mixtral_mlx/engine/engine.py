@@ -291,7 +291,7 @@ class Engine:
     def use_adapter(self, folder: str | Path | None) -> None:
         """Put a LoRA adapter in mlx-lm's format into the model, or none; replaces the one that is there.
 
-        Returns once it is done: running requests end first, those that wait begin with it. Raises `MixtralError`, and
+        Requests asked before it end with the one they began with; returns once it is done. Raises `MixtralError`, and
         after an adapter that does not fit the model has none."""
         adapter = Adapter.read(Path(folder).expanduser()) if folder is not None else None
         opener, worker = self._opener, self._worker
@@ -308,15 +308,12 @@ class Engine:
     @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return self._opened().loaded.plan.context
+        return self._opener.context
 
     @property
     def chunk_tokens(self) -> int:
         """Tokens of prompts that go into one pass."""
-        return self._opened().chunk_tokens
-
-    def _opened(self) -> Opened:
-        return self._worker.opened or self._worker.call(lambda opened: opened).result()
+        return self._opener.chunk_tokens
 
     def memory(self) -> MemoryUse:
         """Who holds how much memory now."""
@@ -428,6 +425,8 @@ class _Opener:
         self.loading = loading
         self.prefixes = prefixes
         self.adapter: Adapter | None = None
+        self.context = self.chunk_tokens = 0
+        """What the last plan had, known once the model has been loaded."""
 
     def __call__(self, cancelled: Callable[[], bool]) -> Opened:
         how = self.loading
@@ -449,6 +448,7 @@ class _Opener:
         if loaded.streaming:
             loaded.streaming.before_step = eased.check
         chunk = min(plan.chunk_tokens, _CHUNK_TOKENS) if resident else plan.chunk_tokens
+        self.context, self.chunk_tokens = plan.context, chunk
         return self.adapted(Opened(loaded, eased, kv_bytes, chunk, kv_bytes), self.adapter)
 
     def adapted(self, opened: Opened, adapter: Adapter | None) -> Opened:

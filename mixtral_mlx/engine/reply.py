@@ -47,6 +47,12 @@ class Channel:
             self.is_cancelled = True
         self.on_cancel()
 
+    def abandon(self) -> None:
+        """The same where nobody is left to hear of it, from a finalizer: in the midst of anything, so it only notes it.
+
+        The worker looks before each step."""
+        self.is_cancelled = True
+
     def wait(self) -> Event | BaseException:
         """The next event, once it is there."""
         with self._changed:
@@ -81,7 +87,7 @@ class Reply:
         self._channel = channel
         self._seen: list[Event] = []
         self._error: BaseException | None = None
-        self._finalizer = weakref.finalize(self, channel.cancel)
+        self._finalizer = weakref.finalize(self, channel.abandon)
         self._finalizer.atexit = False
 
     def cancel(self) -> None:

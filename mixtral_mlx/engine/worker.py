@@ -109,7 +109,7 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: deque[Answering] = deque()
         self._calls: deque[Callable[[], object]] = deque()
-        self._calls_between: deque[Callable[[], object]] = deque()
+        self._calls_between: deque[tuple[Callable[[], object], list[Answering]]] = deque()
         self._closing = False
         self._running: list[Answering] = []
         self._turn = 0
@@ -164,15 +164,17 @@ class Worker:
 
     def call(self, function: Callable[[Opened], T]) -> Future[T]:
         """Run `function` with the model, loaded if need be, between two steps."""
-        return self._call(self._calls, lambda: function(self._open()))
+        return self._call(lambda: function(self._open()), self._calls.append)
 
     def call_between(self, function: Callable[[Opened], T]) -> Future[T]:
-        """Run `function` with the model once no request runs; those that wait begin after it."""
-        return self._call(self._calls_between, lambda: function(self._open()))
+        """Run `function` with the model after the requests there are now, and before all that follow."""
+        return self._call(
+            lambda: function(self._open()), lambda run: self._calls_between.append((run, list(self._waiting)))
+        )
 
     def unload(self) -> None:
         """Let go of the model; the next request loads it again. Raises `EngineError` while requests run or wait."""
-        self._call(self._calls, self._unload).result()
+        self._call(self._unload, self._calls.append).result()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """End what runs and waits with an error, let go of the model, end the thread; False if that takes longer."""
@@ -183,7 +185,7 @@ class Worker:
             self._ended.wait(timeout_s)
         return self._ended.is_set()
 
-    def _call(self, line: deque[Callable[[], object]], function: Callable[[], T]) -> Future[T]:
+    def _call(self, function: Callable[[], T], queue: Callable[[Callable[[], object]], None]) -> Future[T]:
         future: Future[T] = Future()
 
         def run() -> None:
@@ -197,7 +199,7 @@ class Worker:
         with self._changed:
             if self._closing:
                 raise _closed()
-            line.append(run)
+            queue(run)
             self._changed.notify_all()
         return future
 
@@ -220,7 +222,7 @@ class Worker:
             self.busy_since = None
         self._break_off([*self._running, *self._waiting], _closed())
         self._waiting.clear()
-        for call in (*self._calls, *self._calls_between):
+        for call in (*self._calls, *(call for call, _ in self._calls_between)):
             call()  # They find the engine closed.
         self._let_go()
         self.state = "closed"
@@ -228,15 +230,23 @@ class Worker:
     def _has_work(self) -> bool:
         """Wait for something to do; False when the thread is to end."""
         idle_since = time.monotonic()
-        with self._changed:
-            while not (self._closing or self._running or self._has_calls or any(a.is_ready for a in self._waiting)):
-                if not self._changed.wait(self._until_unload(idle_since)) and not self._waiting:
-                    self._let_go()
-            return not self._closing
+        while True:
+            with self._changed:
+                while not (self._closing or self._running or self._has_calls or any(a.is_ready for a in self._waiting)):
+                    if not self._changed.wait(self._until_unload(idle_since)) and not self._waiting:
+                        break
+                else:
+                    return not self._closing
+            self._let_go()
 
     @property
     def _has_calls(self) -> bool:
-        return bool(self._calls or self._calls_between)
+        return bool(self._calls or (self._calls_between and all(a.is_ready for a in self._before_call())))
+
+    def _before_call(self) -> list[Answering]:
+        """Those of the waiting that come before the first call between requests."""
+        with self._changed:
+            return [a for a in self._waiting if a.has_started or a in self._calls_between[0][1]]
 
     def _until_unload(self, idle_since: float) -> float | None:
         after = self.limits.idle_unload_s
@@ -248,10 +258,9 @@ class Worker:
         while self._calls:
             self._calls.popleft()()
         self._drop_cancelled()
-        while self._calls_between and not self._running:
-            self._calls_between.popleft()()
-        if not self._calls_between:
-            self._admit()
+        while self._calls_between and not self._running and not self._before_call():
+            self._calls_between.popleft()[0]()
+        self._admit()
         self._make_room()
         for group in self._groups():
             self._pass(group)
@@ -290,14 +299,20 @@ class Worker:
         for answering in [a for a in self._running if a.channel.is_cancelled]:
             answering.cancel()
             self._leave(answering)
+        with self._changed:
+            waiting = list(self._waiting)
+        for answering in waiting:
+            if answering.channel.is_cancelled and self._take_from_queue(answering):
+                self.counts.cancelled += 1
+                answering.cancel()
 
     # Who runs.
 
     def _admit(self) -> None:
         """Start what waits, in its order, while there is room; what waits for a grammar lets others pass."""
         with self._changed:
-            candidates = [answering for answering in self._waiting if answering.is_ready]
-        for answering in candidates:
+            waiting = self._before_call() if self._calls_between else list(self._waiting)
+        for answering in [answering for answering in waiting if answering.is_ready]:
             if len(self._running) >= self.limits.max_concurrent or not self._start(answering):
                 break
 
@@ -501,6 +516,7 @@ class Worker:
     def _end(self, answering: Answering, error: BaseException) -> None:
         """A request has failed."""
         self.counts.failed += 1
+        error = _closed() if self._closing else error
         if answering in self._running:
             self._running.remove(answering)
         answering.fail(coded(error))
