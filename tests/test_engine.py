@@ -356,6 +356,18 @@ def test_kept_prompts_stay_within_their_memory(folder: Path) -> None:
         assert engine.stats()["prefixes"]["dropped"] > 0
 
 
+def test_no_more_is_kept_than_can_be_held_twice_while_it_is_copied(folder: Path) -> None:
+    plan = load_weights(folder).plan
+    parts = {**plan.parts, "kv cache": 1_200_000, "working memory": 100_000}  # 1,024 bytes a token.
+    small = replace(plan, parts=parts, budget_bytes=sum(parts.values()), context=800)
+    with load(folder, memory=small) as engine:
+        engine.complete(words(760), max_tokens=1).result()
+        until(lambda: engine.health().running == 0)
+        kept = on_thread(engine, lambda: engine._prefixes.nbytes)
+        assert 0.8 * (1_300_000 - 768 * 1024) < kept <= 1_300_000 - 768 * 1024
+        assert engine.complete(words(760), max_tokens=1).result().usage.cached_tokens == kept // 1024
+
+
 def test_where_there_is_not_room_for_all_the_youngest_wait_and_lose_nothing(folder: Path) -> None:
     plan = load_weights(folder).plan
     parts = {**plan.parts, "kv cache": 2_400_000}  # 1,024 bytes a token, in steps of 256, half as much again to grow.

@@ -351,7 +351,7 @@ class Worker:
         )
 
     def _has_room(self, answering: Answering, opened: Opened) -> bool:
-        """Whether its cache fits beside the others', if need be in place of what is kept for later."""
+        """Whether its cache fits beside the others'; what is kept for later gives way before the next pass."""
         if self._kv_bytes(answering, answering.most_tokens) > opened.kv_bytes:
             need = self._kv_bytes(answering, answering.most_tokens)
             raise EngineError(
@@ -359,12 +359,7 @@ class Worker:
                 code="over_budget",
                 hint="Use a shorter prompt, fewer max_tokens or kv_bits, or give the engine more memory.",
             )
-        used = sum(map(self._reserved, self._running))
-        need = self._reserved(answering)
-        if used + need > opened.kv_bytes:
-            return False
-        self._prefixes.shrink_to(opened.kv_bytes - used - need)
-        return True
+        return sum(map(self._reserved, [*self._running, answering])) <= opened.kv_bytes
 
     def _reserved(self, answering: Answering) -> int:
         """Bytes of cache that are kept free for a request: for its tokens so far and some more, or for all to come."""
@@ -510,8 +505,18 @@ class Worker:
             # What was decoded has other bits than what is read; of a prompt whole chunks are the same for everybody.
             prompt = min(answering.read, len(answering.request.prompt) - 1)
             tokens = tokens[: prompt // self.opened.chunk_tokens * self.opened.chunk_tokens]
-        if tokens:
+        if tokens := tokens[: self._tokens_to_spare(answering)]:
             self._prefixes.keep(answering.kind, tokens, answering.cache)
+
+    def _tokens_to_spare(self, answering: Answering) -> int:
+        """How many of its tokens can be copied: while that is done, they are in memory twice."""
+        assert self.opened
+        held = sum(layer.nbytes for layer in answering.cache)
+        others = sum(self._reserved(other) for other in self._running if other is not answering)
+        spare = self.opened.kv_bytes + self.opened.loaded.plan.parts["working memory"] - others - held
+        fitting = min(spare, held) * answering.read // max(held, 1)
+        self._prefixes.shrink_to(spare - fitting * held // max(answering.read, 1))
+        return max(fitting, 0)
 
     def _end(self, answering: Answering, error: BaseException) -> None:
         """A request has failed."""
