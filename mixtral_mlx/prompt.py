@@ -246,7 +246,7 @@ def _parsed_call(entry: dict[str, Any]) -> ToolCall:
     if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
         raise ValueError(name)
     if arguments is None or isinstance(arguments, dict):
-        arguments = json.dumps(arguments or {}, ensure_ascii=False)
+        arguments = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)  # 1e999 would come out as Infinity
     if not isinstance(arguments, str):
         raise TypeError(arguments)
     arguments.encode()  # half a surrogate pair could never be prompted with again

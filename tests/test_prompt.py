@@ -401,6 +401,7 @@ def test_tool_calls_are_read_from_a_streamed_reply(tokenizers: dict[str, Tokeniz
         '[{"name": "no spaces"}]',
         '[{"name": "a", "arguments": [1]}]',
         '[{"name": "a", "arguments": {"x": NaN}}]',
+        '[{"name": "a", "arguments": {"x": 1e999}}]',
         '[{"name": "a", "arguments": {"x": "\\ud800"}}]',
         '["a"]',
         "7",
