@@ -37,9 +37,9 @@ def _serve(queue: _Queue) -> None:
         work, done = queue.get()
         try:
             work()
-        finally:
             # Let go of before, and parked before it is done, so that who waited for that finds both so.
             del work
             with _lock:
                 _parked.append(queue)
-            done.set()
+        finally:
+            done.set()  # Also where the work failed: then this thread ends with it, and is not used again.
