@@ -19,12 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
+from agreement import theirs_in_float32
 
 from mixtral_mlx import Engine, Reply, Token, load, locate
 from mixtral_mlx.budget import parse_size
@@ -84,7 +83,7 @@ def theirs_together(model: Any, concurrent: int, tokens: int, turn: int, vocab: 
 
 
 def batches(args: argparse.Namespace) -> None:
-    theirs = _their_model(args.folder) if args.mlx_lm else None
+    theirs = theirs_in_float32(args.folder) if args.mlx_lm else None
     with load(args.folder, dtype="float32", max_concurrent=max(args.concurrent)) as engine:
         ours_together(engine, 1, _WARM_UP_TOKENS, 0)
         ours: dict[int, list[float]] = {n: [] for n in args.concurrent}
@@ -101,14 +100,6 @@ def batches(args: argparse.Namespace) -> None:
         if theirs:
             line += f"  {median(other[n]):12.2f}  {fast / median(other[n]):5.1f}"
         print(line)
-
-
-def _their_model(folder: Path) -> Any:
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(folder)
-    model.set_dtype(mx.float32)
-    return model
 
 
 # A long prompt beside a running stream.
@@ -176,9 +167,8 @@ _COPIED = (
 def speculation(args: argparse.Namespace) -> None:
     with load(args.folder, memory=args.memory) as engine:
         copied = engine.tokenizer.encode(_COPIED)
-        forced = [*copied, *copied[1:8]]
         kinds: list[tuple[str, list[int], dict[str, Any]]] = [
-            ("copy", forced, {"temperature": 0.0}),
+            ("copy", [*copied, *copied[1:8]], {"temperature": 0.0}),
             ("loop", copied, {"temperature": 0.0, "logit_bias": {copied[5]: 1000.0}}),
             ("free", engine.tokenizer.encode("Once upon a time"), {"temperature": 1.0, "seed": 1}),
         ]
