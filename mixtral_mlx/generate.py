@@ -19,6 +19,7 @@ from .budget import CHUNK_TOKENS
 from .config import MixtralError
 
 if TYPE_CHECKING:
+    from .config import Config
     from .model import Model
     from .prompt import Tokenizer
 
@@ -131,12 +132,9 @@ class Conversation:
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         longest = model.args.max_position_embeddings
-        if kv_bits not in (None, 4, 8):
-            raise _impossible("kv_bits", kv_bits, "4 or 8")
+        check_kv_bits(model.args, kv_bits)
         if context is not None and not 2 <= context <= longest:
             raise _impossible("context", context, f"from 2 to {longest}, what this model was made for")
-        if kv_bits and model.args.head_dim % 32:
-            raise _impossible("kv_bits", kv_bits, f"none: heads {model.args.head_dim} wide cannot be quantized")
         self.model = model
         self.kv_bits = kv_bits
         self.context = context or longest
@@ -145,12 +143,8 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget everything."""
-        config = self.model.args
         self.tokens: list[int] = []
-        self.cache: list[Any] = [KVCache() for _ in range(config.num_hidden_layers)]
-        if self.kv_bits:
-            group = 64 if config.head_dim % 64 == 0 else 32
-            self.cache = [QuantizedKVCache(group, self.kv_bits) for _ in self.cache]
+        self.cache = new_caches(self.model.args, self.kv_bits)
 
     @property
     def nbytes(self) -> int:
@@ -187,20 +181,7 @@ def stream_generate(
     The prompt is read in chunks; `on_prompt(done, total)` is called after each. `cancelled` is asked
     between chunks and between tokens. Dropping the iterator stops as well. Raises `GenerateError` at once."""
     conversation = conversation or Conversation(model)
-    if not prompt:
-        raise GenerateError("The prompt is empty.", code="empty_prompt", hint="Give at least one token.")
-    if wrong := [token for token in prompt if not 0 <= token < model.args.vocab_size]:
-        raise GenerateError(
-            f"The prompt holds id {wrong[0]}, expected ids from 0 to {model.args.vocab_size - 1}.",
-            code="bad_token",
-        )
-    room = conversation.context - len(prompt)
-    if room < 1:
-        raise GenerateError(
-            f"The prompt is {len(prompt):,} tokens long and the context holds {conversation.context:,}.",
-            code="context_full",
-            hint="Shorten the prompt, or drop the oldest turns.",
-        )
+    room = room_after(prompt, model.args.vocab_size, conversation.context)
     limit = min(room, sampling.max_tokens or room)
     return _chunks(
         model,
@@ -212,6 +193,41 @@ def stream_generate(
         on_prompt or _ignore,
         cancelled or _never,
     )
+
+
+def room_after(prompt: Sequence[int], vocab_size: int, context: int, *, least: int = 1) -> int:
+    """How many tokens may follow the ids `prompt`; raises `GenerateError` for fewer than `least`, or for no prompt."""
+    if not prompt:
+        raise GenerateError("The prompt is empty.", code="empty_prompt", hint="Give at least one token.")
+    if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise GenerateError(
+            f"The prompt holds id {wrong[0]}, expected ids from 0 to {vocab_size - 1}.",
+            code="bad_token",
+        )
+    room = context - len(prompt)
+    if room < least:
+        raise GenerateError(
+            f"The prompt is {len(prompt):,} tokens long and the context holds {context:,}.",
+            code="context_full",
+            hint="Shorten the prompt, or drop the oldest turns.",
+        )
+    return room
+
+
+def new_caches(config: Config, kv_bits: int | None) -> list[Any]:
+    """An empty cache for each layer, quantized if `kv_bits` says so."""
+    if not kv_bits:
+        return [KVCache() for _ in range(config.num_hidden_layers)]
+    group = 64 if config.head_dim % 64 == 0 else 32
+    return [QuantizedKVCache(group, kv_bits) for _ in range(config.num_hidden_layers)]
+
+
+def check_kv_bits(config: Config, kv_bits: int | None) -> None:
+    """Raise `GenerateError` if keys and values cannot be held in `kv_bits`."""
+    if kv_bits not in (None, 4, 8):
+        raise _impossible("kv_bits", kv_bits, "4 or 8")
+    if kv_bits and config.head_dim % 32:
+        raise _impossible("kv_bits", kv_bits, f"none: heads {config.head_dim} wide cannot be quantized")
 
 
 def _chunks(

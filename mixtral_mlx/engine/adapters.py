@@ -5,6 +5,8 @@ A folder with `adapter_config.json` and `adapters.safetensors`, as `mlx_lm.lora`
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +57,19 @@ class Adapter:
         except (KeyError, TypeError, AttributeError):
             raise _refused(folder, "has no num_layers, or no lora_parameters with rank and scale") from None
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (layers, rank))
-        if not whole or not isinstance(scale, int | float) or not 1 <= rank <= _MOST_RANK or layers == 0:
+        if (
+            not (whole and isinstance(scale, int | float) and math.isfinite(scale))
+            or not 1 <= rank <= _MOST_RANK
+            or layers == 0
+        ):
             raise _refused(folder, f"has num_layers {layers!r}, rank {rank!r} and scale {scale!r}, which cannot be")
         if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
             raise _refused(folder, "has keys that are no list of names")
         with opened_file(file) as fd:
             spans = read_header(file, fd)
-        digest = hashlib.blake2b((folder / "adapter_config.json").read_bytes(), digest_size=16)
-        digest.update(file.read_bytes())
+        with open(file, "rb") as weights:
+            digest = hashlib.file_digest(weights, "blake2b")
+        digest.update(json.dumps(config).encode())
         shapes = {name: span.shape for name, span in spans.items()}
         nbytes = sum(span.nbytes for span in spans.values())
         return cls(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..borrowed import KVCache, QuantizedKVCache, RotatingKVCache
-from ..generate import Clock, Sampled, Sampler, Step, Text, Usage, end_tokens
+from ..borrowed import RotatingKVCache
+from ..generate import Clock, Sampled, Sampler, Step, Text, Usage, end_tokens, new_caches
 from . import request as events
 from .batch import Part
 from .drafts import PassSeconds, Speculation
@@ -55,7 +55,7 @@ class Answering:
         self.cache: list[Any] = []
         self.read = 0
         self.cached = 0
-        self.finished = self.failed = self.has_started = False
+        self.finished = self.has_started = False
         self._grammar = grammar
         self._passes = passes
         self._asked_at = time.perf_counter()
@@ -117,7 +117,7 @@ class Answering:
 
     def begin_reading(self, model: Model, found: tuple[int, list[Any]] | None) -> None:
         """Start at the beginning of the tokens, or where what was `found` of them ends."""
-        self.read, self.cache = found or (0, new_caches(model, self.request))
+        self.read, self.cache = found or (0, _new_caches(model, self.request))
         if self._clock is None:
             self.cached = min(self.read, len(self.request.prompt) - 1)
             self._clock = Clock(len(self.request.prompt), self.cached)
@@ -152,7 +152,7 @@ class Answering:
 
     def _guessed(self, most_drafted: int, other_rows: int) -> list[int]:
         if self.request.max_kv:
-            return []  # A window that has turned cannot take tokens back.
+            return []  # A window that has turned cannot take tokens back, not even one that a grammar was sure of.
         most = min(_MOST_DRAFTED, self.limit - self.place - 1)
         guess = self._matcher.forced()[:most] if self._matcher else []
         if not guess and self._speculation:
@@ -284,7 +284,7 @@ class Answering:
 
     def fail(self, error: BaseException) -> None:
         """End it with an error."""
-        self.finished = self.failed = True
+        self.finished = True
         self.channel.put(error)
 
     def usage(self) -> Usage:
@@ -295,12 +295,8 @@ class Answering:
         self.channel.put(PromptProgress(done, len(self.request.prompt), self.cached))
 
 
-def new_caches(model: Model, request: Request) -> list[Any]:
+def _new_caches(model: Model, request: Request) -> list[Any]:
     """An empty cache for each layer, of the kind that was asked for."""
-    config = model.args
     if request.max_kv:
-        return [RotatingKVCache(request.max_kv, keep=_KEPT_AT_START) for _ in range(config.num_hidden_layers)]
-    if request.kv_bits:
-        group = 64 if config.head_dim % 64 == 0 else 32
-        return [QuantizedKVCache(group, request.kv_bits) for _ in range(config.num_hidden_layers)]
-    return [KVCache() for _ in range(config.num_hidden_layers)]
+        return [RotatingKVCache(request.max_kv, keep=_KEPT_AT_START) for _ in model.layers]
+    return new_caches(model.args, request.kv_bits)

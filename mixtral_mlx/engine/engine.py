@@ -15,9 +15,9 @@ import mlx.core as mx
 
 from ..budget import Plan, in_gb, parse_size
 from ..config import Config
-from ..generate import GenerateError, Sampling
+from ..generate import GenerateError, Sampling, check_kv_bits, room_after
 from ..memory import Step, rss_bytes
-from ..prompt import Message, Tokenizer, Tool
+from ..prompt import Message, Tokenizer, Tool, ToolCall
 from ..weights import Checkpoint, Progress, locate, relief
 from ..weights import load as load_weights
 from .adapters import Adapter, put, take_out
@@ -118,6 +118,7 @@ class Engine:
         self.name = name
         self.folder = folder
         self.config: Config = checkpoint.config
+        check_kv_bits(self.config, loading.kv_bits)
         self.tokenizer = Tokenizer.read(folder, self.config.vocab_size)
         self._loading = loading
         self._limits = limits
@@ -168,10 +169,10 @@ class Engine:
         **settings: Unpack[Settings],
     ) -> Request:
         """What `chat` asks, to be handed to `submit` or `choices`."""
-        choice = tool_choice
-        if isinstance(choice, str):
-            # A model is kept from calling several at once by the grammar only.
-            choice = ToolChoice.of(choice, parallel=parallel_tool_calls, strict=bool(tools) and not parallel_tool_calls)
+        choice = ToolChoice.of(tool_choice) if isinstance(tool_choice, str) else tool_choice
+        if not (choice.parallel and parallel_tool_calls):
+            # Only a grammar keeps a model from calling several at once.
+            choice = replace(choice, parallel=False, strict=choice.strict or bool(tools))
         rules = tool_rules(tools, choice, self.tokenizer)
         if rules.tools and settings.get("response_format"):
             raise EngineError(
@@ -223,52 +224,44 @@ class Engine:
         return self._submit([replace(request, sampling=replace(request.sampling, seed=one)) for one in each])
 
     def _submit(self, requests: Sequence[Request]) -> list[Reply]:
+        requests = [self._with_defaults(request) for request in requests]
         limits = [self._checked(request) for request in requests]
         answerings = [
-            _answering(self._defaults(request), limit, self._compiled(request), self._passes, self._worker)
+            _answering(request, limit, self._compiled(request), self._passes, self._worker)
             for request, limit in zip(requests, limits, strict=True)
         ]
         self._worker.submit(*answerings)
         return [Reply(answering.channel) for answering in answerings]
 
-    def _defaults(self, request: Request) -> Request:
+    def _with_defaults(self, request: Request) -> Request:
         sampling = replace(request.sampling, seed=_seed(request))
         bits = request.kv_bits if request.max_kv else request.kv_bits or self._loading.kv_bits
         return replace(request, sampling=sampling, kv_bits=bits)
 
     def _checked(self, request: Request) -> int:
         """The most tokens that may be generated; raises `MixtralError` for a request that cannot be answered."""
-        prompt, vocab, window = request.prompt, self.config.vocab_size, request.max_kv
-        if not prompt:
-            raise GenerateError("The prompt is empty.", code="empty_prompt", hint="Give at least one token.")
-        if wrong := [token for token in prompt if not 0 <= token < vocab]:
-            raise GenerateError(f"The prompt holds id {wrong[0]}, expected 0 to {vocab - 1}.", code="bad_token")
-        if request.kv_bits not in (None, 4, 8) or (request.kv_bits and self.config.head_dim % 32):
-            raise GenerateError(f"kv_bits is {request.kv_bits}, expected 4 or 8.", code="bad_sampling")
+        window, answers = request.max_kv, request.purpose == "answer"
+        # A window takes no more memory, but the model knows no positions past its own limit.
+        context = self.config.max_position_embeddings if window else self.context
+        room = room_after(request.prompt, self.config.vocab_size, context, least=answers)
+        check_kv_bits(self.config, request.kv_bits)
         if window is not None and not 8 <= window <= self.context:
             raise GenerateError(f"max_kv is {window}, expected 8 to {self.context:,}.", code="bad_sampling")
         if window and request.kv_bits:
-            raise GenerateError(
-                "kv_bits and max_kv were both given, and a window cannot be quantized.",
-                code="bad_sampling",
-                hint="Give one of them.",
-            )
+            raise _not_together("kv_bits and max_kv", "a window cannot be quantized")
         if request.speculate not in (None, "n-gram"):
             raise GenerateError(f"speculate is {request.speculate!r}, expected n-gram.", code="bad_sampling")
-        # A window takes no more memory, but the model knows no positions past its own limit.
-        most = self.config.max_position_embeddings if window else self.context
-        room = most - len(prompt)
-        if room < (request.purpose == "answer"):
+        if window and request.speculate:
+            raise _not_together("speculate and max_kv", "a window cannot take back what was guessed wrong")
+        if request.speculate and self._limits.deterministic:
+            raise _not_together("speculate and deterministic", "how much is guessed hangs on measured times")
+        if not 1 <= request.scored_from <= len(request.prompt):
             raise GenerateError(
-                f"The prompt is {len(prompt):,} tokens long and the context holds {most:,}.",
-                code="context_full",
-                hint="Shorten the prompt, drop the oldest messages, or load the model with a larger context.",
+                f"scored_from is {request.scored_from}, expected 1 to {len(request.prompt)}.", code="bad_sampling"
             )
-        if not 1 <= request.scored_from <= len(prompt):
-            raise GenerateError(
-                f"scored_from is {request.scored_from}, expected 1 to {len(prompt)}.", code="bad_sampling"
-            )
-        return min(room, request.sampling.max_tokens or room) if request.purpose == "answer" else 0
+        if not answers:
+            _check_reads_only(request)
+        return min(room, request.sampling.max_tokens or room) if answers else 0
 
     def _compiled(self, request: Request) -> Future[Grammar] | None:
         """The request's grammar, compiled elsewhere."""
@@ -397,11 +390,11 @@ def load(
 
     `memory` is what the whole process may use ("12GB", bytes, or a plan of its own; None: what the machine can spare):
     experts that do not fit are streamed. `context` is how many tokens a prompt and its answer may have. `kv_bits`
-    quantizes keys and values of every request. `adapter` is for `use_adapter`. What prompts have in common is kept in
-    memory, up to `prefix_memory` of what running requests leave of the budget, and in `cache_dir` over restarts, up to
-    `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with the next request. `progress` is
-    called with bytes done and in all, on the engine's thread. Raises `MixtralError`."""
-    _check_limits(max_concurrent, max_queue, idle_unload_s, kv_bits)
+    quantizes keys and values of requests without a window. `adapter` is for `use_adapter`. What prompts have in common
+    is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in `cache_dir` over
+    restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with the next request.
+    `progress` is called with bytes done and in all, on the engine's thread. Raises `MixtralError`."""
+    _check_limits(max_concurrent, max_queue, idle_unload_s)
     loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress)
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else None
@@ -443,7 +436,7 @@ class _Opener:
         resident = plan.mode == "resident"
         kv_bytes = plan.parts["kv cache"] + (max(plan.budget_bytes - plan.needed_bytes, 0) if resident else 0)
         self.prefixes.most_bytes = kv_bytes if how.prefix_bytes is None else min(kv_bytes, how.prefix_bytes)
-        drop = Step("kept prompts", self.prefixes.drop_all, lambda: False)
+        drop = Step("kept prompts", self.prefixes.clear, lambda: False)
         eased = relief(loaded.streaming, drop)
         if loaded.streaming:
             loaded.streaming.before_step = eased.check
@@ -478,6 +471,25 @@ def _answering(
     return answering
 
 
+def _not_together(what: str, why: str) -> GenerateError:
+    return GenerateError(f"There are {what}, and {why}.", code="bad_sampling", hint="Leave one of them out.")
+
+
+def _check_reads_only(request: Request) -> None:
+    """Refuse what says how to answer where nothing is to be answered."""
+    read = Request(
+        request.prompt, Sampling(seed=request.sampling.seed), request.kv_bits, request.max_kv, purpose=request.purpose
+    )
+    if wrong := [
+        field.name
+        for field in fields(Request)
+        if field.name != "scored_from" and getattr(request, field.name) != getattr(read, field.name)
+    ]:
+        raise EngineError(
+            f"The request's purpose is {request.purpose!r}, and {wrong[0]} is for answers.", code="bad_request"
+        )
+
+
 def _close(worker: Worker, compilers: ThreadPoolExecutor) -> None:
     worker.close(_CLOSE_WITHIN_S)
     compilers.shutdown(wait=False, cancel_futures=True)
@@ -507,26 +519,28 @@ def _seed(request: Request) -> int:
 def _as_messages(messages: Messages) -> list[Message]:
     if isinstance(messages, str):
         return [Message("user", messages)]
-    known = {field.name for field in fields(Message)}
-    made = []
-    for message in messages:
-        if isinstance(message, Mapping):
-            if unknown := sorted(set(message) - known):
-                raise GenerateError(
-                    f"A message has the field {unknown[0]!r}, expected {', '.join(sorted(known))}.", code="bad_message"
-                )
-            if "role" not in message:
-                raise GenerateError("A message has no role.", code="bad_message")
-            message = Message(**message)
-        made.append(message)
-    return made
+    made = [_made(Message, message, "message") for message in messages]
+    return [
+        replace(message, tool_calls=tuple(_made(ToolCall, call, "tool call") for call in message.tool_calls))
+        for message in made
+    ]
+
+
+def _made(cls: type[_T], given: _T | Mapping[str, Any], what: str) -> _T:
+    """`given`, made of its fields where it is a mapping."""
+    if isinstance(given, cls):
+        return given
+    try:
+        return cls(**given)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise GenerateError(f"There is no such {what}: {error}.", code="bad_message") from None
 
 
 def _size(size: str | _T) -> int | _T:
     return parse_size(size) if isinstance(size, str) else size
 
 
-def _check_limits(max_concurrent: int, max_queue: int, idle_unload_s: float | None, kv_bits: int | None) -> None:
+def _check_limits(max_concurrent: int, max_queue: int, idle_unload_s: float | None) -> None:
     for name, value, least in (
         ("max_concurrent", max_concurrent, 1),
         ("max_queue", max_queue, 1),
@@ -534,5 +548,3 @@ def _check_limits(max_concurrent: int, max_queue: int, idle_unload_s: float | No
     ):
         if value is not None and not value >= least:
             raise EngineError(f"{name} is {value}, expected {least} or more.", code="bad_option")
-    if kv_bits not in (None, 4, 8):
-        raise EngineError(f"kv_bits is {kv_bits}, expected 4 or 8.", code="bad_option")

@@ -88,20 +88,16 @@ class Prefixes:
         while self.nbytes > max(nbytes, 0):
             self.drop_oldest()
 
-    def clear(self) -> None:
-        """Drop everything."""
+    def clear(self) -> bool:
+        """Drop everything; False where there is nothing."""
+        held = bool(self._entries)
         self.shrink_to(0)
+        return held
 
     def finish_writing(self, timeout_s: float) -> None:
         """Write to disk what is on its way there, as far as that takes no longer than `timeout_s`."""
         if self.disk:
             self.disk.close(timeout_s)
-
-    def drop_all(self) -> bool:
-        """Drop everything; False where there is nothing."""
-        held = bool(self._entries)
-        self.clear()
-        return held
 
     def drop_oldest(self) -> bool:
         """Drop what was not used for longest; False where there is nothing left."""

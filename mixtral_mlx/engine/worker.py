@@ -176,14 +176,13 @@ class Worker:
         """Let go of the model; the next request loads it again. Raises `EngineError` while requests run or wait."""
         self._call(self._unload, self._calls.append).result()
 
-    def close(self, timeout_s: float | None = None) -> bool:
-        """End what runs and waits with an error, let go of the model, end the thread; False if that takes longer."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End what runs and waits with an error and let go of the model; waits for that no longer than `timeout_s`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if threading.get_ident() != self._thread_id:
             self._ended.wait(timeout_s)
-        return self._ended.is_set()
 
     def _call(self, function: Callable[[], T], queue: Callable[[Callable[[], object]], None]) -> Future[T]:
         future: Future[T] = Future()
@@ -352,8 +351,8 @@ class Worker:
 
     def _has_room(self, answering: Answering, opened: Opened) -> bool:
         """Whether its cache fits beside the others'; what is kept for later gives way before the next pass."""
-        if self._kv_bytes(answering, answering.most_tokens) > opened.kv_bytes:
-            need = self._kv_bytes(answering, answering.most_tokens)
+        need = self._kv_bytes(answering, answering.most_tokens)
+        if need > opened.kv_bytes:
             raise EngineError(
                 f"This request needs up to {in_gb(need)} for keys and values, and there are {in_gb(opened.kv_bytes)}.",
                 code="over_budget",
