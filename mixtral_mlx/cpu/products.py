@@ -262,26 +262,21 @@ def _few_rows(
                 w_at = ((row + r) * columns + g * group) // 2
                 x_at = start * columns + g * group * COLUMNS
                 at, scales_at = sums_at + r * COLUMNS * LANES, r * groups + g
-                if group == 64:
-                    _scaled(count, work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
+                if COLUMNS == 2 or count == 2:
+                    if group == 64:
+                        _two_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
+                    else:
+                        _two_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
+                elif group == 64:
+                    _four_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
                 else:
-                    _scaled(count, work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
+                    _four_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
         for r in range(ROWS):
             for c in range(count):
                 value = total(load(work, sums_at + (r * COLUMNS + c) * LANES))
                 for g in range(whole, groups):
                     value += work[(ROWS + r) * groups + g] * sums[(start + c) * groups + g]
                 out[(start + c) * rows + n + r] = value
-
-
-@inlined
-def _scaled(
-    count: int, work: Any, at: int, packed: Any, w_at: int, x: Any, x_at: int, scales_at: int, groups: int, group: int
-) -> None:
-    if COLUMNS == 2 or count == 2:
-        _two_scaled(work, at, packed, w_at, x, x_at, scales_at, groups, group)
-    else:
-        _four_scaled(work, at, packed, w_at, x, x_at, scales_at, groups, group)
 
 
 @inlined
