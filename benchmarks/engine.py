@@ -162,7 +162,9 @@ def _first_token(engine: Engine, prompt: Sequence[int]) -> float:
 
 
 def speculation(args: argparse.Namespace) -> None:
-    ways: list[Literal["n-gram", "draft"] | None] = [None, "n-gram", *(["draft"] if args.draft else [])]
+    ways: list[Literal["n-gram", "draft"] | None] = [None, "n-gram"]
+    if args.draft:
+        ways.append("draft")
     with load(args.folder, memory=args.memory, draft=args.draft) as engine:
         edited, _ = copier.task(engine.tokenizer)
         kinds: list[tuple[str, list[int], dict[str, Any]]] = [
