@@ -173,7 +173,7 @@ def speculation(args: argparse.Namespace) -> None:
             ("free", engine.tokenizer.encode("Once upon a time"), {"temperature": 1.0, "seed": 1}),
         ]
         print("text  guesses  tokens per pass   tok/s  × without  lowest  same tokens")
-        for name, prompt, how in kinds:
+        for name, prompt, how in (kind for kind in kinds if kind[0] in args.texts):
             rates: dict[Any, list[float]] = {way: [] for way in ways}
             texts, per_pass = set(), dict.fromkeys(ways, 0.0)
             for _ in range(args.turns + 1):  # The first warms up.
@@ -190,7 +190,8 @@ def speculation(args: argparse.Namespace) -> None:
                 ratios = sorted(fast / plain for fast, plain in pairs)
                 print(
                     f"{name:4}  {way or 'none':7}  {per_pass[way]:15.2f}  {median(rates[way][1:]):6.2f}"
-                    f"  {median(ratios):9.2f}  {ratios[0]:6.2f}  {len(texts) == 1}"
+                    f"  {median(ratios):9.2f}  {ratios[0]:6.2f}  {len(texts) == 1}",
+                    flush=True,
                 )
 
 
@@ -213,6 +214,9 @@ def main() -> None:
             command.add_argument("--their-tokens", type=int, default=4)
         if name == "speculation":
             command.add_argument("--memory", type=parse_size)
+            command.add_argument(
+                "--texts", nargs="+", choices=["edit", "loop", "free"], default=["edit", "loop", "free"]
+            )
             command.add_argument("--draft", type=lambda text: locate(None if text == "demo" else text))
     args = parser.parse_args()
     args.run(args)
