@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
-    "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "weights"},
+    "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "weights"},
 }
 
 
