@@ -6,8 +6,8 @@ bodies        JSON → models, with refusals that name the field; settings, form
 answers       ids, models' names, usage, log probabilities; errors: as the APIs write them
 openai_chat   /v1/chat/completions
 
-For a server: `PARSERS[path](body, engine)` gives a `Call` or raises `Refused`; its `asked` go to the engine's `choices`,
-and the results to `answer`, or the events to a `stream`. `error_body` writes any error as the API of a path does."""
+For a server: `PARSERS[path](body, engine)` gives a `Call` or raises `Refused`. Its `asked` go to the engine's
+`choices`, and the results to `answer`, or the events to a `stream`. `error_body` writes any error as that API does."""
 
 from __future__ import annotations
 

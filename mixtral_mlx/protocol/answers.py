@@ -1,4 +1,4 @@
-"""What answers of several APIs are made of: who answers, ids, usage, finish reasons, and log probabilities with bytes."""
+"""What answers of several APIs are made of: who answers, ids, usage, finish reasons, log probabilities with bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all the APIs share: a request of a client once it is understood, its answer, whole or as a stream, and a refusal.
+"""What all the APIs share: a request of a client once it is understood, its answer, whole or streamed, and a refusal.
 
 Knows neither JSON bodies nor HTTP; what a field means is said by the module of its API."""
 
@@ -16,8 +16,8 @@ from ..engine.tools import ToolChoice
 from ..prompt import Message, Tokenizer, Tool
 
 
-class Refused(MixtralError):
-    """A request that cannot be honoured: `status` is HTTP's, `param` the dotted path of the field that is the reason."""
+class Refused(MixtralError):  # noqa: N818  # It is what happened to the request, not a fault of ours.
+    """A request that cannot be honoured. `status` is HTTP's, `param` the dotted path of the field it is about."""
 
     def __init__(
         self, message: str, *, code: str = "bad_request", hint: str = "", status: int = 400, param: str | None = None
