@@ -50,7 +50,7 @@ def openai_error(error: MixtralError) -> dict[str, Any]:
     status = status_of(error)
     return {
         "error": {
-            "message": _said(error),
+            "message": said(error),
             "type": _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
             "param": error.param if isinstance(error, Refused) else None,
             "code": _OPENAI_CODES.get(error.code, error.code),
@@ -63,8 +63,8 @@ def anthropic_error(error: MixtralError) -> dict[str, Any]:
     status = status_of(error)
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     # Claude Code looks for these words to shorten the conversation.
-    said = f"prompt is too long: {_said(error)}" if error.code == "context_full" else _said(error)
-    return {"type": "error", "error": {"type": kind, "message": said}}
+    before = "prompt is too long: " if error.code == "context_full" else ""
+    return {"type": "error", "error": {"type": kind, "message": before + said(error)}}
 
 
 @contextmanager
@@ -78,5 +78,6 @@ def refusing(param: str | None = None) -> Generator[None]:
         raise Refused(str(error), code=error.code, hint=error.hint, status=status_of(error), param=param) from error
 
 
-def _said(error: MixtralError) -> str:
+def said(error: MixtralError) -> str:
+    """What is wrong and what to do, in one text."""
     return " ".join(part for part in (str(error), error.hint) if part)
