@@ -4,6 +4,7 @@ call          what the APIs share: a call, its answer, its stream, a refusal
 fields        every field of the APIs and what is done with it
 bodies        JSON → models, with refusals that name the field; settings, formats, conversation: parts of models
 answers       ids, models' names, usage, log probabilities; errors: as the APIs write them
+shapes        answers as the OpenAPI document has them; openapi: that document
 openai_chat, completions, responses, embeddings, anthropic, tokens
               an API each: its bodies, its answers, its streams
 
@@ -19,8 +20,21 @@ from . import anthropic, completions, embeddings, openai_chat, responses, tokens
 from .answers import served
 from .call import Asks, Call, Frame, Refused, Stream, now
 from .errors import error_body, status_of
+from .openapi import openapi
 
-__all__ = ["PARSERS", "Asks", "Call", "Frame", "Refused", "Stream", "error_body", "model", "models", "status_of"]
+__all__ = [
+    "PARSERS",
+    "Asks",
+    "Call",
+    "Frame",
+    "Refused",
+    "Stream",
+    "error_body",
+    "model",
+    "models",
+    "openapi",
+    "status_of",
+]
 
 
 class Parser(Protocol):

@@ -41,8 +41,12 @@ def status_of(error: MixtralError) -> int:
 def error_body(path: str, error: MixtralError) -> tuple[int, dict[str, Any]]:
     """The HTTP status, and the body in the form of the API at `path`."""
     status = status_of(error)
-    is_anthropic = path.startswith("/v1/messages")
-    return status, anthropic_error(error) if is_anthropic else openai_error(error)
+    return status, anthropic_error(error) if is_anthropic(path) else openai_error(error)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether the API at `path` is Anthropic's."""
+    return path.startswith("/v1/messages")
 
 
 def openai_error(error: MixtralError) -> dict[str, Any]:

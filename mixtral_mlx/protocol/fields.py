@@ -182,12 +182,20 @@ FIELDS: dict[str, dict[str, Field]] = {
             seed="Ours: default another one each time.",
         ),
         **_EXTENSIONS,
+        **_honoured(top_k="Default: all tokens."),
         **_labels(metadata="user_id names the end user."),
         **_fixed(service_tier=("auto", "standard_only")),
         **_refused(
             container="Nothing is run here but the model.",
             diagnostics="There are none.",
             inference_geo="The model runs where the server does.",
+            **dict.fromkeys(
+                (
+                    *("betas", "billing_policy", "compaction", "context_management", "fallback_credit_token"),
+                    *("fallbacks", "mcp_servers", "thread"),
+                ),
+                "Of a beta of Anthropic's own service.",
+            ),
         ),
     },
     "/v1/messages/count_tokens": _MESSAGES,

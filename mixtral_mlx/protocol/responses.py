@@ -142,7 +142,7 @@ class StreamOptions(Body):
 
 
 class ResponsesBody(Extensions):
-    """The body of `/v1/responses`; `fields.py` says of every field what is done with it."""
+    """The body of `/v1/responses`."""
 
     input: TextOr[Annotated[list[Item], Field(min_length=1)]]
     model: str | None = None
