@@ -345,7 +345,6 @@ def _settings_told(asked: ResponsesBody) -> dict[str, Any]:
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": 1.0 if asked.top_p is None else asked.top_p,
         "truncation": "disabled",
-        "user": asked.user,
     }
 
 
