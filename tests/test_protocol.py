@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anthropic.types as anthropic
@@ -31,7 +32,7 @@ from mixtral_mlx.generate import Text, Usage
 from mixtral_mlx.prompt import Message, PromptError, Tokenizer, ToolCall
 from mixtral_mlx.protocol import PARSERS, Call, Frame, Refused, error_body, model, models, openapi, shapes
 from mixtral_mlx.protocol.conversation import as_prompted
-from mixtral_mlx.protocol.fields import FIELDS
+from mixtral_mlx.protocol.fields import FIELDS, as_markdown
 from mixtral_mlx.protocol.openapi import ANSWERS, BODIES
 from tests.checkpoints import TINY, write_tiny
 from tests.protocol_samples import CHAT_TOOL, LEAST, MESSAGES_TOOL, ONLY_ONE_VALUE, RESPONSES_TOOL, USER, VALUES, WITH
@@ -219,7 +220,8 @@ def test_what_is_left_out_is_as_these_apis_have_it(demo: Engine) -> None:
 
 
 def test_a_top_p_of_0_leaves_the_likeliest_token_alone(demo: Engine) -> None:
-    assert understood(CHAT, {**LEAST[CHAT], "top_p": 0}, demo).asked[0][0].sampling.top_k == 1
+    for extra in ({}, {"top_k": 5}):
+        assert understood(CHAT, {**LEAST[CHAT], **extra, "top_p": 0}, demo).asked[0][0].sampling.top_k == 1
 
 
 @pytest.mark.parametrize("path", LEAST)
@@ -274,6 +276,19 @@ def test_a_refusal_names_the_field(path: str, body: dict[str, Any], param: str, 
     error = refused(path, body, v3)
     assert (error.status, error.param) == (400, param)
     assert param.rpartition(".")[2] in str(error)
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        ([CHAT_TOOL, CHAT_TOOL], "auto", "tools"),
+        ([{"type": "function", "function": {"name": "a b"}}], "auto", "tools"),
+        ([], "required", "tool_choice"),
+        ([CHAT_TOOL], {"type": "function", "function": {"name": "time"}}, "tool_choice"),
+    ],
+)
+def test_tools_that_cannot_be_offered_are_refused_as_such(tools: Any, choice: Any, param: str, v3: Engine) -> None:
+    assert refused(CHAT, {**LEAST[CHAT], "tools": tools, "tool_choice": choice}, v3).param == param
 
 
 @pytest.mark.parametrize(
@@ -932,6 +947,16 @@ def test_part_of_a_character_has_its_byte(demo: Engine) -> None:
     ]
 
 
+def test_a_token_that_is_no_text_has_no_bytes_and_ends_a_character_that_was_not_whole(demo: Engine) -> None:
+    call = understood(CHAT, {**LEAST[CHAT], "logprobs": True}, demo)
+    half, unknown = demo.tokenizer.encode("ᚠ", bos=False)[1], 0
+    events = scripted(demo.tokenizer, call.asked[0][0].prompt, [half, unknown, half, demo.tokenizer.eos_id], ())
+    choice = call.answer([Result.of(events)])["choices"][0]
+    assert choice["message"]["content"] == "\ufffd \u2047 \ufffd"
+    written = [(entry["token"], entry["bytes"]) for entry in choice["logprobs"]["content"]]
+    assert written == [("bytes:\\xe1", [0xE1]), ("<unk>", None), ("bytes:\\xe1", [0xE1])]
+
+
 def test_tokens_of_completions_are_where_the_text_has_them(demo: Engine) -> None:
     answer = whole(COMPLETIONS, {**ASKED[COMPLETIONS], "logprobs": 3, "max_tokens": 8}, demo)
     check_answer(COMPLETIONS, answer)
@@ -1084,3 +1109,8 @@ def test_the_document_takes_and_refuses_fields_as_the_parser_does(path: str, v3:
         assert refused(path, body, v3)
         with pytest.raises(jsonschema.ValidationError):
             check_schema(schema, body)
+
+
+def test_the_documentation_has_the_table_as_it_is() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "API.md").read_text(encoding="utf-8")
+    assert page.partition("## `")[1] + page.partition("## `")[2] == as_markdown()
