@@ -111,11 +111,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Done:
-    """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled"."""
+    """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled".
+
+    `stop_text` is the stop string, if one ended it."""
 
     finish_reason: str
     usage: Usage
     queued_seconds: float = 0.0
+    stop_text: str = ""
 
 
 Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Done
@@ -135,6 +138,7 @@ class Result:
     queued_seconds: float
     scores: Scores
     embedding: tuple[float, ...]
+    stop_text: str = ""
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Result:
@@ -153,6 +157,7 @@ class Result:
             queued_seconds=done.queued_seconds,
             scores=_joined([event for event in events if isinstance(event, Scores)]),
             embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
+            stop_text=done.stop_text,
         )
 
 
