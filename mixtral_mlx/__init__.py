@@ -7,6 +7,7 @@
     model      the mathematics
     experts    experts that stay on the SSD until they are needed
     cpu        products and attention where there is no GPU
+    routing    which experts each token is given, noted on a loaded model
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 class Part:
     """What one sequence puts into a pass: ids to be read into its `cache`; `wanted` logits, those of the last ones.
 
-    With `hidden`, the hidden states of the last ones instead."""
+    With `hidden`, the hidden states of the last ones instead. The last `guesses` of the ids may prove wrong."""
 
     ids: Sequence[int]
     cache: Sequence[Any]
     wanted: int
     hidden: bool = False
+    guesses: int = 0
 
 
 def run(model: Model, parts: Sequence[Part]) -> list[mx.array]:

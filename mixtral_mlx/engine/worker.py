@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..weights import Loaded
     from .drafts import PassSeconds
     from .prefixes import Prefixes
+    from .routing import Watch
 
 T = TypeVar("T")
 _CLEAR_CACHE_EVERY = 256
@@ -93,6 +94,7 @@ class Worker:
         tokenizer: Tokenizer,
         prefixes: Prefixes,
         passes: PassSeconds,
+        watch: Watch,
         limits: Limits,
     ) -> None:
         self.counts = Counts()
@@ -106,6 +108,7 @@ class Worker:
         self._tokenizer = tokenizer
         self._prefixes = prefixes
         self._passes = passes
+        self._watch = watch
         self._changed = threading.Condition()
         self._waiting: deque[Answering] = deque()
         self._calls: deque[Callable[[], object]] = deque()
@@ -434,13 +437,14 @@ class Worker:
         assert self.opened
         begun = time.perf_counter()
         try:
-            logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+            logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
             results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
-            mx.eval(results, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
+            mx.eval(results, watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
         self._account(group, time.perf_counter() - begun)
+        self._watch.add(watched)
         for (answering, part), some in zip(group, results, strict=True):
             self._hand_out(answering, part, some)
 
