@@ -765,7 +765,7 @@ def _routes(arguments: list[str]) -> int:
     parser.add_argument("--prompt", metavar="TEXT", help="text to complete (stdin)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message, to be answered")
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt, with --chat")
-    parser.add_argument("--output", type=Path, metavar="F.png|F.html", help="draw a picture, or a page with one")
+    parser.add_argument("--output", type=_picture, metavar="F.png|F.html", help="draw a picture, or a page with one")
     _add_output(parser, "print one object: tokens, choices, weights, counts, by_layer, overall …")
     _add_model(parser, "required")
     _add_settings(parser, {"temperature": "0", "max_tokens": str(_ROUTES_TOKENS)})
@@ -773,10 +773,6 @@ def _routes(arguments: list[str]) -> int:
     name = _required_model(parsed)
     if parsed.system and not parsed.chat:
         raise UsageError("--system goes with --chat only.", code="bad_option", hint="Add --chat.")
-    if parsed.output and parsed.output.suffix.lower() not in (".png", ".html"):
-        raise UsageError(
-            f"--output is {str(parsed.output)!r}, expected a name that ends in .png or .html.", code="bad_option"
-        )
     text = _stdin_text() if parsed.prompt is None else parsed.prompt
     settings = {"max_tokens": _ROUTES_TOKENS, **_settings(parsed)}
     from .routes import commands
@@ -785,6 +781,13 @@ def _routes(arguments: list[str]) -> int:
     answer = commands.routes(request)
     _show(answer, as_json=parsed.json)
     return 130 if answer.interrupted else 0
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".html"):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in .png or .html")
+    return path
 
 
 def _add_output(parser: _Parser, json_help: str) -> None:

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..chat import LONG_PROMPT, ModelChoice, open_model, wired
 from ..config import MixtralError
+from ..prompt import Message
 from ..session import Ready, mlx_failures
 from ..terminal import Bar, CtrlC
 from .report import Report, Token, table
 
 if TYPE_CHECKING:
-    from ..generate import Sampling
-
-KINDS = (".png", ".html")
+    from ..generate import Chunk
+    from ..prompt import Tokenizer
+    from ..routing import Choices
 
 
 class RoutesError(MixtralError):
-    """A picture that cannot be written."""
+    """A picture that cannot be written, or has nothing to show."""
 
 
 @dataclass(frozen=True)
@@ -60,39 +61,61 @@ def routes(request: Request) -> Answer:
 
 
 def drawn(report: Report, kind: str) -> bytes:
-    """The picture, as the contents of a file of the kind that its suffix says."""
+    """The picture, as the contents of a file of this kind: ".png" or ".html"."""
     if kind == ".png":
         from .picture import png
 
         return png(report)
     from .page import html
 
+    assert kind == ".html"
     return html(report).encode()
 
 
 def _run(request: Request, ready: Ready) -> Report:
-    """Read the prompt, answer it, and note what every token was given."""
+    """Read the prompt, answer it, and say what every token was given."""
+    prompt = _prompt_ids(request, ready.tokenizer)
+    chunks, choices = _followed(request, ready, prompt)
+    # The last token is said and not read; where the model runs ahead, a step has begun with it all the same.
+    ids = [*prompt, *[chunk.token for chunk in chunks if chunk.token is not None][:-1]]
+    choices = choices[: len(ids)]
+    piece = ready.tokenizer.piece
+    return Report(
+        model=ready.name,
+        dtype=ready.loaded.dtype,
+        mode=ready.loaded.plan.mode,
+        experts=ready.loaded.config.num_local_experts,
+        tokens=tuple(Token(ids[n], piece(ids[n]), n >= len(prompt)) for n in range(len(choices))),
+        choices=choices,
+        text="".join(chunk.text for chunk in chunks),
+        finish_reason=chunks[-1].finish_reason or "",
+    )
+
+
+def _prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
+    if not request.chat:
+        return tokenizer.encode(request.text)
+    system = [Message("system", request.system)] if request.system else []
+    return tokenizer.encode_chat([*system, Message("user", request.text)])
+
+
+def _followed(request: Request, ready: Ready, prompt: list[int]) -> tuple[list[Chunk], Choices]:
+    """The answer, and what was chosen for each token that was read."""
     import mlx.core as mx
 
-    from ..generate import stream_generate
-    from ..prompt import Message
+    from ..generate import Sampling, stream_generate
     from ..routing import Choices, recorded
 
-    model, tokenizer, conversation = ready.loaded.model, ready.tokenizer, ready.conversation
-    system = [Message("system", request.system)] if request.system else []
-    message = [*system, Message("user", request.text)]
-    prompt = tokenizer.encode_chat(message) if request.chat else tokenizer.encode(request.text)
-    answer, text, reason = [], "", ""
     done: list[Choices] = []
     with (
         mlx_failures(),
         CtrlC() as stopped,
         Bar("Reading the prompt", quiet=request.choice.quiet, at_least=LONG_PROMPT) as bar,
-        recorded(model) as recorder,
+        recorded(ready.loaded.model) as recorder,
     ):
 
         def collect() -> None:
-            """Take what was noted while little of it waits: until then it keeps hidden states in memory."""
+            """Take what was noted: until then it keeps hidden states in memory."""
             mx.eval([each.arrays for each in recorder.passes])
             done.extend(each.choices() for each in recorder.passes)
             recorder.passes.clear()
@@ -101,41 +124,21 @@ def _run(request: Request, ready: Ready) -> Report:
             collect()
             bar(read, total)
 
+        chunks = []
         for chunk in stream_generate(
-            model,
-            tokenizer,
+            ready.loaded.model,
+            ready.tokenizer,
             prompt,
-            _sampling(request),
-            conversation=conversation,
+            Sampling(**request.settings),
+            conversation=ready.conversation,
             on_prompt=on_prompt,
             cancelled=stopped,
         ):
-            text += chunk.text
-            reason = chunk.finish_reason or reason
-            answer += [] if chunk.token is None else [chunk.token]
+            chunks.append(chunk)
             collect()
-        collect()
-    # The last token is said and not read. A step may have begun with it all the same.
-    ids = [*prompt, *answer][: len(prompt) + max(len(answer) - 1, 0)]
-    choices = Choices.joined(done)[: len(ids)]
-    tokens = [Token(token, tokenizer.piece(token), n >= len(prompt)) for n, token in enumerate(ids[: len(choices)])]
-    plan = ready.loaded.plan
-    return Report(
-        model=ready.name,
-        dtype=ready.loaded.dtype,
-        mode=plan.mode,
-        experts=ready.loaded.config.num_local_experts,
-        tokens=tuple(tokens),
-        choices=choices,
-        text=text,
-        finish_reason=reason,
-    )
-
-
-def _sampling(request: Request) -> Sampling:
-    from ..generate import Sampling
-
-    return Sampling(**request.settings)
+    if not done:
+        raise RoutesError("Interrupted.", code="cancelled")
+    return chunks, Choices.joined(done)
 
 
 def _text(report: Report, output: Path | None) -> str:
@@ -159,12 +162,6 @@ def _text(report: Report, output: Path | None) -> str:
 
 def check_writable(path: Path) -> None:
     """Raise `RoutesError` now rather than after the answer if no picture can be written to `path`."""
-    if path.suffix.lower() not in KINDS:
-        raise RoutesError(
-            f"{path} ends in {path.suffix or 'nothing'!r}, expected {' or '.join(KINDS)}.",
-            code="bad_output",
-            hint="The suffix says what kind of picture it is to be.",
-        )
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         found = "is a folder" if path.is_dir() else "is in no folder that can be written to"
         raise RoutesError(f"{path} {found}, expected a file to write.", code="write_failed")

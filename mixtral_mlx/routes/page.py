@@ -16,6 +16,7 @@ from .view import (
     GAP,
     HOW_TO_READ,
     LOAD,
+    MEANINGS,
     PALETTE,
     TITLE,
     Bands,
@@ -28,7 +29,7 @@ from .view import (
     stretches,
 )
 
-MOST_TOKENS = 1440
+MOST_TOKENS = 720
 _LABELS, _NUMBERS, _BELOW = 116, 38, 26
 
 _STYLE = """
@@ -45,6 +46,7 @@ main { display: flex; flex-wrap: wrap; gap: 2rem 3rem; align-items: flex-start; 
 .bands { flex: 1 1 640px; min-width: 0; overflow-x: auto }
 .bands svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: var(--dim) }
 .load { overflow-x: auto }
+.bar span { display: block }
 .key span { display: inline-block; width: 2rem; text-align: center; margin-right: .25rem; font-size: 13px }
 .prompt { fill: var(--ink) } .answer { fill: var(--answer) }
 .under.prompt { fill: var(--dim) } .under.gap { fill: var(--line) }
@@ -56,7 +58,7 @@ th { color: var(--dim) } tr > :first-child { text-align: left }
 .load td.bar, .load th.bar { padding: 0 4px 0 0; text-align: center }
 .bar i { display: block; position: relative; width: 34px; height: 16px; background: var(--track) }
 .bar i b { position: absolute; inset: 0 auto 0 0 } .bar i u { position: absolute; top: 0; bottom: 0; width: 1px;
-  background: var(--ink) }
+  background: var(--ink); box-shadow: 0 0 0 1px var(--page) }
 #tip { position: fixed; display: none; pointer-events: none; padding: .4rem .6rem; font-size: 13px; line-height: 1.35;
   background: var(--ink); color: var(--page); border-radius: 6px; white-space: pre; max-width: 90vw; z-index: 1 }
 """
@@ -86,9 +88,8 @@ for (const svg of document.querySelectorAll(".bands svg")) {
 def html(report: Report) -> str:
     """The whole page."""
     bands = Bands.of(report, MOST_TOKENS)
-    key = "".join(
-        f'<span style="background:{colour(n)};color:{ink_on(colour(n))}">{n}</span>' for n in range(report.experts)
-    )
+    key = "".join(_swatch(n) for n in range(report.experts))
+    meanings = "".join(f"<p>{meaning}</p>" for meaning in MEANINGS)
     pictures = "".join(_svg(report, row) for row in bands.rows)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -96,10 +97,14 @@ def html(report: Report) -> str:
         f"<title>{TITLE}: {escape(report.model)}</title><style>{_STYLE}{_fills()}</style></head><body>"
         f"<h1>{TITLE}</h1><p>{escape(heading(report))}</p><p>{HOW_TO_READ} {bands.note}</p>"
         f'<p class="key">expert {key}</p><main><div class="bands">{pictures}</div>'
-        f'<div class="load"><h2>{LOAD}</h2><p>{EVEN}</p>{_load(report)}{_table(report)}</div></main>'
+        f'<div class="load"><h2>{LOAD}</h2><p>{EVEN}</p>{_load(report)}{_table(report)}{meanings}</div></main>'
         f'<div id="tip" role="status"></div><script type="application/json" id="routes">{_data(report, bands)}</script>'
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
+
+
+def _swatch(expert: int) -> str:
+    return f'<span style="background:{colour(expert)};color:{ink_on(colour(expert))}">{expert}</span>'
 
 
 def _fills() -> str:
@@ -173,13 +178,13 @@ def _load(report: Report) -> str:
     """Bars of each layer's experts side by side, a mark at the even share, and figures."""
     loads = report.counts / report.counts.sum(axis=-1, keepdims=True)
     most = max(float(loads.max()), 2 / report.experts)
-    even = f"{100 / report.experts / most:.1f}%"
-    heads = "".join(f'<th class="bar">{expert}</th>' for expert in range(report.experts))
+    even = f'<u style="left:{100 / report.experts / most:.1f}%"></u>'
+    heads = "".join(f'<th class="bar">{_swatch(expert)}</th>' for expert in range(report.experts))
     lines = []
     for layer, one in enumerate(report.by_layer):
         bars = "".join(
-            f'<td class="bar" title="layer {layer}, expert {n}: {share:.1%}"><i><b style="width:{100 * share / most:.1f}%;'
-            f'background:{colour(n)}"></b><u style="left:{even}"></u></i></td>'
+            f'<td class="bar" title="layer {layer}, expert {n}: {share:.1%}"><i>'
+            f'<b style="width:{100 * share / most:.1f}%;background:{colour(n)}"></b>{even}</i></td>'
             for n, share in enumerate(loads[layer].tolist())
         )
         lines.append(f"<tr><th>{layer}</th>{bars}{''.join(f'<td>{text}</td>' for text in shown(one))}</tr>")

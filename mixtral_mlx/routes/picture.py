@@ -18,6 +18,7 @@ from .view import (
     GAP,
     HOW_TO_READ,
     LOAD,
+    MEANINGS,
     PER_BAND,
     TITLE,
     Bands,
@@ -57,7 +58,7 @@ class Layout:
         self.panel_bars = self.panel + _NUMBERS
         self.panel_figures = self.panel_bars + report.experts * _BAR + 12
         self.width = self.panel_figures + 4 * _FIGURE + _MARGIN
-        panel_height = _LABELS + (self.rows + 1) * self.row + 44 + 24 * len(table(report))
+        panel_height = _LABELS + (self.rows + 1) * self.row + 44 + 24 * len(table(report)) + 18 * len(MEANINGS)
         self.height = _HEAD + max(len(self.bands.rows) * self.band, panel_height) + _MARGIN
 
     def cell(self, band: int, column: int, layer: int) -> tuple[int, int]:
@@ -75,11 +76,8 @@ class Layout:
 
 def png(report: Report) -> bytes:
     """The picture, as the contents of a file."""
-    image = draw(report)
-    # Few colours: an eighth of the bytes, and nothing of them is lost.
-    small = image.quantize(256, dither=Image.Dither.NONE)
     out = io.BytesIO()
-    small.save(out, "PNG", optimize=True)
+    draw(report).save(out, "PNG")
     return out.getvalue()
 
 
@@ -229,6 +227,7 @@ def _draw_load(pen: Pen, layout: Layout, report: Report) -> None:
             x, y = layout.bar(layer, expert)
             pen.box((x, y), (_BAR - 8, height), "#F1F1F4")
             pen.box((x, y), (round(float(loads[layer, expert]) * scale), height), colour(expert))
+            pen.box((x + even - 1, y), (3, height), PAPER)
             pen.box((x + even, y), (1, height), INK)
         _draw_figures(pen, layout, layer, report.by_layer[layer])
     names = ("evenness", "busiest", "same first", "again")
@@ -251,3 +250,6 @@ def _draw_table(pen: Pen, layout: Layout, report: Report) -> None:
         for column, text in enumerate(cells[1:]):
             x = layout.width - _MARGIN - (3 - column) * 106
             pen.text((x, y + 24 * n), text, size=13 if n else 12, ink=ink, anchor="rs")
+    y += 24 * len(table(report)) + 4
+    for n, meaning in enumerate(MEANINGS):
+        pen.text((layout.panel, y + 18 * n), meaning, size=12, ink=DIM)

@@ -5,7 +5,7 @@ N tokens, L layers, E experts, K chosen experts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -47,7 +47,7 @@ cache of two experts was hit by 34 %), the web text is C4 as counted for MC-MoE.
 
 @dataclass(frozen=True)
 class Report:
-    """A text's routes. `choices` are those of `tokens`; `tokens_left_out` came after them and went through no expert."""
+    """A text's routes: its `tokens`, what was chosen for each, and the answer's `text`."""
 
     model: str
     dtype: str
@@ -137,8 +137,11 @@ def by_chance(tokens: int, experts: int, per_token: int) -> Figures:
 
 
 def _mean(some: Sequence[Figures]) -> Figures:
-    columns = zip(*(vars(one).values() for one in some), strict=True)
-    return Figures(*(None if None in column else float(np.mean(column)) for column in columns))
+    def mean(name: str) -> Any:
+        values = [getattr(one, name) for one in some]
+        return None if None in values else float(np.mean(values))
+
+    return Figures(**{field.name: mean(field.name) for field in fields(Figures)})
 
 
 def rounded(one: Figures) -> dict[str, float | None]:
@@ -149,7 +152,7 @@ def table(report: Report) -> list[tuple[str, ...]]:
     """What is printed and drawn of the figures, a heading first: this text, chance, and what others measured."""
     rows = {"this text": report.overall, "by chance": report.by_chance} | MEASURED
     return [
-        ("", "evenness", "busiest expert", "same first expert", "experts again"),
+        ("", "evenness", "busiest", "same first", "again"),
         *((name, *shown(one)) for name, one in rows.items()),
     ]
 

@@ -115,3 +115,9 @@ HOW_TO_READ = (
 )
 LOAD = "How often each layer used each expert"
 EVEN = "line: an even share"
+MEANINGS = (
+    "evenness: entropy of the loads, 1 where all have the same",
+    "busiest: the largest load, in even shares",
+    "same first: tokens with the first expert of the token before",
+    "again: experts that the token before had too",
+)
