@@ -19,6 +19,7 @@
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine
+    routes     which experts each token of a text used, as figures and pictures
     demo       a small trained Mixtral to try everything on
 
 Importing this package imports neither MLX nor mlx-lm; each name below is fetched on first use."""

@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
+    "routes": {"chat", "config", "generate", "prompt", "routing", "session", "terminal"},
     "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "routing", "weights"},
 }
 
