@@ -74,7 +74,7 @@ class Recorder:
         if layer == 0:
             self._begun = []
         self._begun.append((experts, weights))
-        if layer == self._num_layers - 1:
+        if len(self._begun) == self._num_layers:
             self.passes.append(Pass(self._begun))
 
 
@@ -87,6 +87,7 @@ def recorded(model: Model) -> Iterator[Recorder]:
     recorder = Recorder(len(model.layers))
     modules: list[Any] = [layer.block_sparse_moe.switch_mlp for layer in model.layers]
     before: list[Any] = [type(module) for module in modules]
+    assert not any("noted" in module.__dict__ for module in modules), "recorded already"
     try:
         for n, (module, cls, layer) in enumerate(zip(modules, before, model.layers, strict=True)):
             module.__class__ = _noting(cls)

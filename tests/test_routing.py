@@ -138,16 +138,20 @@ def test_the_model_is_left_as_it_was_when_a_pass_breaks_off(plain: Model) -> Non
     assert [len(each.choices()) for each in recorder.passes] == [2]
 
 
+@pytest.mark.parametrize("wrapped", [None, "attention", "experts"])
 @pytest.mark.parametrize("kernels", [False, True])
-def test_a_model_of_one_layer_is_recorded_once_a_pass(kernels: bool) -> None:
+def test_every_way_to_ask_the_experts_is_noted_once(kernels: bool, wrapped: str | None) -> None:
+    """A single layer, so that what is noted twice would be two passes; with something around a matrix, as by LoRA."""
     model = random_model(replace(CONFIG, num_hidden_layers=1))
     model.eval()
     if kernels:
         if not cpu.is_available():
             pytest.skip("there is a GPU, or no numba")
         cpu.accelerate(model)
-        # Something around one of attention's matrices: then the layer asks its experts module by module.
-        model.layers[0].self_attn.q_proj.__class__ = type("Wrapped", (type(model.layers[0].self_attn.q_proj),), {})
+    layer: Any = model.layers[0]
+    if wrapped:
+        matrix = layer.self_attn.q_proj if wrapped == "attention" else layer.block_sparse_moe.switch_mlp.up_proj
+        matrix.__class__ = type("Wrapped", (type(matrix),), {})
     with recorded(model) as recorder:
         mx.eval(model(mx.array([[5, 6, 7]])))
     assert [len(each.choices()) for each in recorder.passes] == [3]

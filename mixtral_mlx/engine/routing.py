@@ -1,6 +1,4 @@
-"""Which experts the engine's passes choose, counted while somebody looks.
-
-L layers, E experts, K chosen experts."""
+"""Which experts the engine's passes choose, counted while somebody looks."""
 
 from __future__ import annotations
 

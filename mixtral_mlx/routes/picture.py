@@ -1,6 +1,7 @@
 """The picture of a report as PNG: bands of tokens on the left, the experts' load on the right.
 
-Drawn with the font that comes with Pillow. It has Latin letters only: others are written by their number."""
+Drawn with the font that comes with Pillow, which has little more than English letters; what it lacks with one of the
+system's, and what those lack is written by its number."""
 
 from __future__ import annotations
 
@@ -33,13 +34,15 @@ from .view import (
 
 INK, DIM, LINE, PAPER, ANSWER = "#1C1C1E", "#6B6B70", "#D8D8DE", "#FFFFFF", "#0B57B0"
 _MARGIN = 28
-_LABELS = 112
-"""Height above a band for the tokens' text."""
+_LABELS = (80, 112)
+"""Least and most height above a band for the tokens' text."""
 _NUMBERS = 38
 """Width before a band for the layers' numbers."""
 _BELOW = 30
 _BAR = 38
 _FIGURE = 66
+_NAME = 13
+_MOST_BANDS = 12
 _MOST_HEIGHT = 8000
 _HEAD = 124
 
@@ -50,15 +53,19 @@ class Layout:
     def __init__(self, report: Report) -> None:
         self.rows = report.layers
         self.row = row_height(report.layers)
-        self.band = _LABELS + self.rows * self.row + _BELOW
-        most = PER_BAND * max(1, min((_MOST_HEIGHT - _HEAD) // self.band, 12))
-        self.bands = Bands.of(report, most)
+        band = self.rows * self.row + _BELOW
+        most = max(1, min((_MOST_HEIGHT - _HEAD) // (band + _LABELS[1]), _MOST_BANDS))
+        self.bands = Bands.of(report, PER_BAND * most)
+        names = [report.tokens[n].piece for row in self.bands.rows for n in row if n is not None]
+        longest = max(face.getlength(text) for text, face in (typeset(label(name), _NAME) for name in names))
+        self.labels = min(max(math.ceil(longest) + 24, _LABELS[0]), _LABELS[1])
+        self.band = band + self.labels
         self.left = _MARGIN + _NUMBERS
         self.panel = self.left + max(self.bands.columns, 16) * COLUMN + 48
         self.panel_bars = self.panel + _NUMBERS
         self.panel_figures = self.panel_bars + report.experts * _BAR + 12
         self.width = self.panel_figures + 4 * _FIGURE + _MARGIN
-        panel_height = _LABELS + (self.rows + 1) * self.row + 44 + 24 * len(table(report)) + 18 * len(MEANINGS)
+        panel_height = self.labels + (self.rows + 1) * self.row + 44 + 24 * len(table(report)) + 18 * len(MEANINGS)
         self.height = _HEAD + max(len(self.bands.rows) * self.band, panel_height) + _MARGIN
 
     def cell(self, band: int, column: int, layer: int) -> tuple[int, int]:
@@ -67,7 +74,7 @@ class Layout:
 
     def top(self, band: int) -> int:
         """Where a band's first layer begins."""
-        return _HEAD + band * self.band + _LABELS
+        return _HEAD + band * self.band + self.labels
 
     def bar(self, layer: int, expert: int) -> tuple[int, int]:
         """Where the bar of an expert's load begins."""
@@ -106,13 +113,13 @@ class Pen:
         text, face = typeset(text, size)
         self.draw.text(at, text, fill=ink, font=face, anchor=anchor)
 
-    def upright(self, at: tuple[int, int], text: str, *, ink: str, size: int = 13) -> None:
-        """Text that goes upwards from a point, in the middle of it."""
-        text, face = typeset(text, size)
-        text = _cut(text, _LABELS - 16, face)
-        mask = Image.new("L", (math.ceil(face.getlength(text)) + 2, 2 * size), 0)
+    def upright(self, at: tuple[int, int], text: str, *, ink: str) -> None:
+        """A token's text, which goes upwards from a point, in the middle of it."""
+        text, face = typeset(text, _NAME)
+        text = _cut(text, _LABELS[1] - 16, face)
+        mask = Image.new("L", (math.ceil(face.getlength(text)) + 2, 2 * _NAME), 0)
         # The middle of small letters is in the middle of the column.
-        ImageDraw.Draw(mask).text((1, size + size * 0.27), text, fill=255, font=face, anchor="ls")
+        ImageDraw.Draw(mask).text((1, _NAME * 1.27), text, fill=255, font=face, anchor="ls")
         mask = mask.rotate(90, expand=True)
         self.image.paste(ink, (at[0] - mask.width // 2, at[1] - mask.height), mask)
 
