@@ -7,6 +7,7 @@
     model      the mathematics
     experts    experts that stay on the SSD until they are needed
     cpu        products and attention where there is no GPU
+    routing    which experts each token is given, noted on a loaded model
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
@@ -20,6 +21,7 @@
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine
+    routes     which experts each token of a text used, as figures and pictures
     demo       a small trained Mixtral to try everything on
 
 Importing this package imports neither MLX nor mlx-lm; each name below is fetched on first use."""

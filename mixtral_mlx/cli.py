@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .generate import Chunk, Sampling, Usage
     from .plan import Answer as Planned
     from .prompt import Tokenizer
+    from .routes.commands import Answer as Routed
 
 
 class UsageError(MixtralError):
@@ -94,7 +95,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("serve", "helper", "routes")
+_LATER_COMMANDS = ("serve", "helper")
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
@@ -103,6 +104,7 @@ _EPILOG = """commands:
   verify       check that a converted folder is as it was written
   perplexity   measure how well a model predicts a text
   bench        measure how fast a model runs here, next to mlx-lm
+  routes       show which experts each token of a text used
 
 `mixtral-mlx COMMAND --help` says more."""
 
@@ -365,11 +367,7 @@ def _parse_generate(arguments: list[str]) -> _Request:
     _add_model(parser, "required")
     _add_settings(parser, {"temperature": "0", "max_tokens": str(_MAX_TOKENS)})
     parsed = parser.parse(arguments)
-    name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
-    if not name:
-        raise UsageError(
-            "No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo for the built-in toy."
-        )
+    name = _required_model(parsed)
     if parsed.prompt is not None and parsed.prompt_ids is not None:
         raise UsageError("Both --prompt and --prompt-ids were given, expected one.", code="bad_option")
     if parsed.prompt_ids is not None and parsed.chat:
@@ -383,6 +381,15 @@ def _parse_generate(arguments: list[str]) -> _Request:
 
 
 _MAX_TOKENS = 512
+
+
+def _required_model(parsed: argparse.Namespace) -> str:
+    name: str | None = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
+    if not name:
+        raise UsageError(
+            "No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo for the built-in toy."
+        )
+    return name
 
 
 def _ids(text: str) -> list[int]:
@@ -743,12 +750,52 @@ def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+# routes
+
+_ROUTES = """Show which experts each token of a prompt and its answer used, layer by layer, how evenly that loads them,
+and how often they come again: as a table, and with --output as a picture."""
+_ROUTES_EPILOG = """examples:
+  mixtral-mlx routes --model demo --chat --prompt "What do cats eat?" --output routes.png
+  mixtral-mlx routes --model ~/models/mixtral-q4 --memory 12GB --prompt "def fib(n):" --output routes.html"""
+_ROUTES_TOKENS = 64
+
+
+def _routes(arguments: list[str]) -> int:
+    parser = _Parser("mixtral-mlx routes", description=_ROUTES, epilog=_ROUTES_EPILOG)
+    parser.add_argument("--prompt", metavar="TEXT", help="text to complete (stdin)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message, to be answered")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt, with --chat")
+    parser.add_argument("--output", type=_picture, metavar="F.png|F.html", help="draw a picture, or a page with one")
+    _add_output(parser, "print one object: tokens, choices, weights, counts, by_layer, overall …")
+    _add_model(parser, "required")
+    _add_settings(parser, {"temperature": "0", "max_tokens": str(_ROUTES_TOKENS)})
+    parsed = parser.parse(arguments)
+    name = _required_model(parsed)
+    if parsed.system and not parsed.chat:
+        raise UsageError("--system goes with --chat only.", code="bad_option", hint="Add --chat.")
+    text = _stdin_text() if parsed.prompt is None else parsed.prompt
+    settings = {"max_tokens": _ROUTES_TOKENS, **_settings(parsed)}
+    from .routes import commands
+
+    request = commands.Request(_model_choice(parsed, name), text, parsed.chat, parsed.system, settings, parsed.output)
+    answer = commands.routes(request)
+    _show(answer, as_json=parsed.json)
+    return 130 if answer.interrupted else 0
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".html"):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in .png or .html")
+    return path
+
+
 def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def _show(answer: Answer | Measured | Planned, *, as_json: bool) -> int:
+def _show(answer: Answer | Measured | Planned | Routed, *, as_json: bool) -> int:
     for entry in answer.objects if as_json else ():
         _print_json(entry)
     if not as_json:
@@ -764,4 +811,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "perplexity": _perplexity,
     "bench": _bench,
     "plan": _plan,
+    "routes": _routes,
 }

@@ -167,7 +167,8 @@ class Answering:
         `most_drafted` is how many tokens may be guessed from the text; what a grammar leaves no choice about comes
         in any case. The pass has `other_rows` of other sequences."""
         self._draft = self._guessed(most_drafted, other_rows)
-        return Part([self.tokens[-1], *self._draft], self.cache, 1 + len(self._draft))
+        guesses = len(self._draft)
+        return Part([self.tokens[-1], *self._draft], self.cache, 1 + guesses, guesses=guesses)
 
     def _guessed(self, most_drafted: int, other_rows: int) -> list[int]:
         if self.request.max_kv:

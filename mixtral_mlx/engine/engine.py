@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import weakref
@@ -29,6 +30,7 @@ from .grammar import Format, Grammar, Vocabulary, compiled
 from .prefixes import Prefixes
 from .reply import Channel, Reply
 from .request import EngineError, Request, Scores
+from .routing import Routing, Watch
 from .tools import ToolChoice, tool_rules
 from .worker import Limits, Opened, Worker
 
@@ -139,7 +141,8 @@ class Engine:
             else None
         )
         self._opener = _Opener(folder, loading, self._prefixes, self._draft)
-        self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, limits)
+        self._watch = Watch(self.config)
+        self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, self._watch, limits)
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, "mixtral-grammar")
         self._finalizer = weakref.finalize(self, _close, self._worker, self._compilers)
 
@@ -353,6 +356,22 @@ class Engine:
             "experts": asdict(streaming.statistics) if streaming else None,
             "draft": asdict(opened.draft.counts) if opened and opened.draft else None,
         }
+
+    def watch_routing(self, seconds: float = math.inf) -> None:
+        """Count which experts are chosen, for so many seconds from now at least; 0 ends it for everybody.
+
+        Who shows `routing` now and then renews this each time, and need not say when they stop looking."""
+        if not seconds >= 0:
+            raise EngineError(f"seconds is {seconds}, expected 0 or more.", code="bad_option")
+        self._watch.look(seconds)
+
+    def routing(self) -> Routing:
+        """Which experts were chosen while `watch_routing` was on, since the model was made or `reset_routing`."""
+        return self._watch.now()
+
+    def reset_routing(self) -> None:
+        """Begin to count anew."""
+        self._watch.reset()
 
     def health(self) -> Health:
         """Whether requests are answered, and how many there are."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .drafting import DraftModel
     from .drafts import PassSeconds
     from .prefixes import Prefixes
+    from .routing import Watch, Watched
 
 T = TypeVar("T")
 _CLEAR_CACHE_EVERY = 256
@@ -92,6 +93,7 @@ class _Launched:
 
     group: Sequence[tuple[Answering, batch.Part]]
     results: Sequence[list[Sampled]]
+    watched: Watched
     begun: float
 
 
@@ -106,6 +108,7 @@ class Worker:
         tokenizer: Tokenizer,
         prefixes: Prefixes,
         passes: PassSeconds,
+        watch: Watch,
         limits: Limits,
     ) -> None:
         self.counts = Counts()
@@ -119,6 +122,7 @@ class Worker:
         self._tokenizer = tokenizer
         self._prefixes = prefixes
         self._passes = passes
+        self._watch = watch
         self._changed = threading.Condition()
         self._waiting: deque[Answering] = deque()
         self._calls: deque[Callable[[], object]] = deque()
@@ -474,24 +478,25 @@ class Worker:
         assert self.opened
         begun = time.perf_counter()
         try:
-            logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+            logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return None
         results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
-        return _Launched(group, results, begun)
+        return _Launched(group, results, watched, begun)
 
     def _finish(self, launched: _Launched) -> None:
         """Wait for a pass and hand out what came of it, the next one under way meanwhile where that is possible."""
-        group, results = launched.group, launched.results
+        group, results, watched = launched.group, launched.results, launched.watched
         self._ahead = None
         try:
             following = self._launch_ahead(launched)
-            mx.eval(results, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
+            mx.eval(results, watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
         self._account(launched)
+        self._watch.add(watched)
         for (answering, part), some in zip(group, results, strict=True):
             self._hand_out(answering, part, some)
         if following and any(not answering.finished for answering, _ in following.group):
@@ -511,10 +516,10 @@ class Worker:
         ]
         if len(group) < len(launched.group):
             return None  # What the others need has to be seen first.
-        logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+        logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
         results = [self._results(a, part, rows, ahead=1) for (a, part), rows in zip(group, logits, strict=True)]
-        mx.async_eval(results)
-        return _Launched(group, results, time.perf_counter())
+        mx.async_eval(results, watched.arrays)
+        return _Launched(group, results, watched, time.perf_counter())
 
     def _results(self, answering: Answering, part: batch.Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
         try:
