@@ -1,0 +1,36 @@
+"""The chat page that a server gives out at `/`: where its files lie, and what a browser may do with them.
+
+The files are sent as they are; index.html asks for the others below `page/`. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+MEDIA_TYPES = {
+    "index.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+    **{
+        f"{name}.js": "text/javascript; charset=utf-8"
+        for name in ("api", "dom", "experts", "files", "markdown", "page", "settings", "store", "theme", "thread")
+    },
+}
+"""Each file there is, and what it is to be sent as. All but index.html are asked for as `page/NAME`."""
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "connect-src 'self'",
+        "img-src 'self' data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        # Where a browser knows them: text cannot be made into markup at all, not even by a mistake of ours.
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
