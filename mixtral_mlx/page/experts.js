@@ -129,18 +129,17 @@ export class ExpertsView {
       : "Nothing was counted yet. Ask something.";
   }
 
+  // The cell under the pointer takes the place of the summary.
   name(cell) {
-    byId("experts-cell").textContent = cell
-      ? `Layer ${cell.dataset.layer}, expert ${cell.dataset.expert}: ${cell.textContent}`
-      : "";
+    const { layer, expert } = cell?.dataset ?? {};
+    if (layer) byId("experts-summary").textContent = `Layer ${layer}, expert ${expert}: ${cell.textContent} of the tokens’ choices`;
+    else if (this.latest) this.summarize(this.counted());
   }
 }
 
 const routing = () => get("routing");
 
-// 0 nothing, 0.5 an even share, 1 four times that and more: the middle of the scale is where most cells are.
-function heat(share, experts) {
-  return Math.min(1, Math.sqrt((share * experts) / 4));
-}
+// 0 is nothing, 1 three times an even share and more.
+const heat = (share, experts) => Math.min(1, (share * experts) / 3);
 
 const entropy = (shares) => -shares.reduce((sum, share) => sum + (share > 0 ? share * Math.log(share) : 0), 0);

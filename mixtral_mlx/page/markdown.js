@@ -106,11 +106,12 @@ function list(lines, from, depth) {
     const found = marker(lines[at]);
     if (!found || found.kind !== first.kind || found.indent > first.indent + 1 || isRule(lines[at])) break;
     const [inner, to] = itemLines(lines, at, found);
-    items.push(parse(inner, depth + 1));
+    const blocks = parse(inner, depth + 1);
+    items.push(blocks);
     let next = to;
     while (next < lines.length && isBlank(lines[next])) next++;
     const goesOn = next < lines.length && marker(lines[next])?.kind === first.kind;
-    loose ||= inner.some((line, number) => isBlank(line) && number < inner.length - 1) || (goesOn && next > to);
+    loose ||= blocks.some((block, place) => place && isBlank(inner[block.from - 1])) || (goesOn && next > to);
     at = goesOn ? next : to;
     if (!goesOn) break;
   }

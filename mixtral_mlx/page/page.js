@@ -289,6 +289,11 @@ function scrollToEnd() {
   byId("to-end").hidden = true;
 }
 
+function scrolled() {
+  byId("to-end").hidden = atEnd();
+  byId("main").classList.toggle("scrolled", scroller.scrollTop > 4);
+}
+
 // The server: which models, in what state, and how much memory.
 
 async function connect() {
@@ -346,8 +351,8 @@ async function watchMemory() {
 function drawServer({ memory, requests, experts: streamed }) {
   const rows = [["Model", model]];
   if (memory) {
-    byId("memory").textContent = `${shownBytes(memory.process_bytes)} of ${shownBytes(memory.budget_bytes)}`;
-    byId("memory").title = "Memory in use, of what the server may use";
+    byId("memory").textContent = `Memory ${shownBytes(memory.process_bytes)} of ${shownBytes(memory.budget_bytes)}`;
+    byId("memory").title = "In use, of what the server may use";
     rows.push(["Memory in use", shownBytes(memory.process_bytes)], ["Memory it may use", shownBytes(memory.budget_bytes)], ["Weights", shownBytes(memory.weights_bytes)]);
     if (memory.kv_limit_bytes) rows.push(["For conversations, at most", shownBytes(memory.kv_limit_bytes)]);
     if (memory.prefix_bytes) rows.push(["Prompts kept", shownBytes(memory.prefix_bytes)]);
@@ -533,7 +538,7 @@ function connectButtons() {
     model = target.value;
     byId("model-name").textContent = model;
   });
-  scroller.addEventListener("scroll", () => (byId("to-end").hidden = atEnd()), { passive: true });
+  scroller.addEventListener("scroll", scrolled, { passive: true });
 }
 
 function fromMenu(id, act) {
@@ -608,6 +613,10 @@ addEventListener("storage", storageChanged);
 addEventListener("pagehide", () => reply && keep(reply.conversation));
 NARROW.addEventListener("change", cover);
 VERY_NARROW.addEventListener("change", arrange);
+const isHere = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+byId("where").textContent = isHere
+  ? "Mixtral runs on this machine. What you write goes no further."
+  : `Mixtral runs on ${location.hostname}. What you write goes there and no further.`;
 if (/Mac|iPhone|iPad/.test(navigator.platform)) byId("new-keys").textContent = "⌘ ⇧ O";
 connectButtons();
 arrange();
