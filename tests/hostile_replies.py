@@ -22,7 +22,7 @@ HOSTILE = {
     "data link": "[click](data:text/html,<script>alert(1)</script>) [b](data:text/html;base64,PHNjcmlwdD4=)",
     "other schemes": "[a](vbscript:x) [b](file:///etc/passwd) [c](blob:x) [d](//127.0.0.2:9/) [e](/health) [f](ftp://x/)",
     "attribute in a link": "[a](https://example.org/\"onmouseover=\"alert(1)) [b](https://example.org 'x' onclick='alert(1)')",
-    "attribute in a title": "[a](https://example.org \"x\" autofocus onfocus=alert(1) \")",
+    "attribute in a title": '[a](https://example.org "x" autofocus onfocus=alert(1) ")',
     "image that reports": f"![secret]({ELSEWHERE}?q=secret) ![x][1]\n\n[1]: {ELSEWHERE}",
     "link that looks like another": "[https://bank.example](https://evil.example) https://bank.example@evil.example/",
     "unclosed fence": "```python\nprint('<img src=x onerror=alert(1)>')\n\n# and no end",
@@ -44,7 +44,7 @@ HOSTILE = {
     "links that never close": "[a](http://x" * 9_000 + "![" * 5_000,
     "backticks of every length": " ".join("`" * length for length in range(1, 440)),
     "pipes": "|" * 50_000 + "\n" + "|-" * 1000 + "\n" + "|a" * 1000,
-    "many lines": "\n".join(["# heading", "- item", "> quote", "text", "---", ""] * 1500),
+    "many lines": "\n".join(["# heading", "- item", "> quote", "text", "---", ""] * 400),
     "names of the page": "constructor __proto__ [a](https://example.org#toString) <a id=message name=thread>x</a>",
     "template": "{{constructor.constructor('alert(1)')()}} ${alert(1)} <%= 7*7 %> <template><img src=x onerror=alert(1)>",
 }

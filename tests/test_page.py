@@ -169,7 +169,9 @@ def test_the_policy_allows_only_what_comes_from_the_server() -> None:
 @pytest.mark.browser
 def test_a_reply_is_shown_while_it_comes_and_a_reload_keeps_it(server: PageServer, visit: Callable[..., Visit]) -> None:
     hold = Hold()
-    server.plays.append(Play(["Paris is ", hold, "the capital."], timings={"generation_tps": 38.25, "first_token_s": 0.5}))
+    server.plays.append(
+        Play(["Paris is ", hold, "the capital."], timings={"generation_tps": 38.25, "first_token_s": 0.5})
+    )
     chat = visit()
     chat.ask("What is the capital of France?")
     expect(chat.replies.locator(".body")).to_have_text("Paris is")
@@ -505,9 +507,7 @@ def test_what_is_exported_is_what_was_said_and_comes_in_again(visit: Callable[..
     chat = visit()
     chat.ask("What is\n*this*?")
     expect(chat.replies.locator(".numbers")).to_be_visible()
-    markdown, exported = (
-        saved(chat, name, tmp_path / name) for name in ("Export as Markdown", "Export as JSON")
-    )
+    markdown, exported = (saved(chat, name, tmp_path / name) for name in ("Export as Markdown", "Export as JSON"))
     assert re.fullmatch(
         r"# What is\n\n\d{4}-\d\d-\d\d\n\n## You\n\nWhat is\n\*this\*\?\n\n## Mixtral\n\nReply 1\.\n",
         markdown.read_text(),
@@ -571,7 +571,9 @@ def test_full_storage_is_said_and_the_conversation_goes_on(visit: Callable[..., 
         chat.page.get_by_role("alert").get_by_role("button", name="Export all").click()
     download.value.save_as(tmp_path / "all.json")
     assert "Reply 1." in (tmp_path / "all.json").read_text()
-    chat.page.evaluate("() => Object.keys(localStorage).filter(k => k[0] === 'x').forEach(k => localStorage.removeItem(k))")
+    chat.page.evaluate(
+        "() => Object.keys(localStorage).filter(k => k[0] === 'x').forEach(k => localStorage.removeItem(k))"
+    )
     chat.ask("Two")
     expect(chat.page.locator("#notice")).to_be_hidden()
     chat.page.reload()
@@ -599,10 +601,10 @@ ALLOWED_TAGS = set(
 ALLOWED_ATTRIBUTES = set(
     "class dir role tabindex aria-label aria-busy aria-hidden title type href rel target start".split()
 )
-LOOK_FOR_TROUBLE = """thread => [...thread.querySelectorAll("*")].flatMap(node => [
-  ["tag", node.tagName],
-  ...[...node.attributes].map(({name}) => ["attribute", name]),
-  ...(node.tagName === "A" ? [["link", new URL(node.href).protocol + node.rel + node.target]] : [])])
+LOOK_FOR_TROUBLE = """thread => [...new Set([...thread.querySelectorAll("*")].flatMap(node => [
+  `tag ${node.tagName}`,
+  ...[...node.attributes].map(({name}) => `attribute ${name}`),
+  ...(node.tagName === "A" ? [`link ${new URL(node.href).protocol + node.rel + node.target}`] : [])]))]
 """
 
 
@@ -617,7 +619,7 @@ def test_hostile_text_does_nothing_and_the_page_goes_on(
     chat = visit(viewport={"width": 480, "height": 700})
     chat.ask("Be hostile.")
     expect(chat.replies.locator(".numbers")).to_be_visible()
-    found = {tuple(one) for one in chat.page.locator("#thread").evaluate(LOOK_FOR_TROUBLE)}
+    found = {tuple(one.split(" ", 1)) for one in chat.page.locator("#thread").evaluate(LOOK_FOR_TROUBLE)}
     assert {name for what, name in found if what == "tag"} <= ALLOWED_TAGS
     assert {name for what, name in found if what == "attribute"} <= ALLOWED_ATTRIBUTES
     assert {name for what, name in found if what == "link"} <= {
@@ -627,7 +629,9 @@ def test_hostile_text_does_nothing_and_the_page_goes_on(
     chat.page.reload()
     chat.ask("Still there?")
     expect(chat.replies.nth(1).locator(".body")).to_have_text("Reply 2.")
-    assert server.bodies[1]["messages"][1]["content"] == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert server.bodies[1]["messages"][1]["content"] == text.encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace"
+    )
 
 
 @pytest.mark.browser
@@ -684,7 +688,7 @@ MARKDOWN = {
     "[a](https://good.org@bad.org)": "<p><a href=https://good.org@bad.org/>a</a> (bad.org)</p>",
     "see https://x.org/a_b_c.": "<p>see <a href=https://x.org/a_b_c>https://x.org/a_b_c</a>.</p>",
     "(https://x.org/a)": "<p>(<a href=https://x.org/a>https://x.org/a</a>)</p>",
-    "<mailto:a@x.org>": "<p><a href=mailto:a@x.org>mailto:a@x.org</a> (a@x.org)</p>",
+    "<mailto:a@x.org>": "<p><a href=mailto:a@x.org>mailto:a@x.org</a></p>",
     "[a](javascript:x) [b](/c)": "<p>[a](javascript:x) [b](/c)</p>",
     "![map](https://x.org/m.png)": "<p><a href=https://x.org/m.png>map</a> (x.org)</p>",
     "a &amp; b <i>c</i>": "<p>a &amp; b <i>c</i></p>",
@@ -694,7 +698,8 @@ MARKDOWN = {
 
 @pytest.mark.browser
 def test_text_that_comes_in_pieces_ends_up_as_if_it_had_come_at_once(visit: Callable[..., Visit]) -> None:
-    source = "\n\n".join(MARKDOWN)
+    # A fence without an end takes all that follows.
+    source = "\n\n".join(sorted(MARKDOWN, key=lambda text: text == "```\nopen"))
     chat = visit()
     whole, pieces = chat.page.evaluate(
         """async source => {
@@ -722,7 +727,10 @@ def test_a_stream_cut_anywhere_is_read_the_same(visit: Callable[..., Visit]) -> 
           for (let cut = 0; cut <= bytes.length; cut++) {
             const parts = [bytes.slice(0, cut), bytes.slice(cut)];
             const found = [];
-            for await (const event of events(ReadableStream.from(parts))) found.push(event);
+            const stream = new ReadableStream({
+              start(sink) { parts.forEach(part => sink.enqueue(part)); sink.close(); },
+            });
+            for await (const event of events(stream)) found.push(event);
             seen.add(JSON.stringify(found));
           }
           return [...seen];
@@ -865,7 +873,9 @@ def tab_to(chat: Visit, name: str) -> None:
     """Press Tab until the button of that name has the focus."""
     for _ in range(60):
         chat.page.keyboard.press("Tab")
-        if name == chat.page.evaluate("(document.activeElement.ariaLabel ?? document.activeElement.textContent).trim()"):
+        if name == chat.page.evaluate(
+            "(document.activeElement.ariaLabel ?? document.activeElement.textContent).trim()"
+        ):
             return
     pytest.fail(f"Tab never reached {name}")
 
@@ -873,8 +883,8 @@ def tab_to(chat: Visit, name: str) -> None:
 @pytest.mark.browser
 def test_the_skip_link_comes_first_and_leads_to_the_message_field(visit: Callable[..., Visit]) -> None:
     chat = visit()
-    chat.page.evaluate("document.activeElement.blur()")
-    chat.page.keyboard.press("Tab")
+    chat.button("Hide conversations").focus()
+    chat.page.keyboard.press("Shift+Tab")
     expect(chat.page.get_by_text("Skip to the message field")).to_be_focused()
     chat.page.keyboard.press("Enter")
     expect(chat.message).to_be_focused()

@@ -3,13 +3,14 @@
 /** An element with properties (`class`, `dataset`, `aria-…` and other attributes, `on…` listeners) and children. */
 export function element(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
+  // Before the attributes: with dir="auto" a browser would look at all text again for each child.
+  node.append(...children.filter((child) => child !== null && child !== undefined));
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "dataset") Object.assign(node.dataset, value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;
 }
 

@@ -380,31 +380,42 @@ function emphasized(found) {
 function build(found) {
   const top = document.createDocumentFragment();
   const within = [top];
-  const add = (...nodes) => within.at(-1).append(...nodes);
+  let text = "";
   let tooDeep = 0;
+  const add = (node) => {
+    within.at(-1).append(...visible(text));
+    if (node) within.at(-1).append(node);
+    text = "";
+  };
+  const end = ({ mark }) => {
+    if (tooDeep) {
+      tooDeep--;
+      text += mark;
+    } else {
+      add();
+      within.pop();
+    }
+  };
+  const begin = ({ tag, mark }) => {
+    if (tooDeep || within.length > DEEPEST) {
+      tooDeep++;
+      text += mark;
+    } else {
+      const node = element(tag);
+      add(node);
+      within.push(node);
+    }
+  };
   for (const token of found) {
-    if (token.text !== undefined) add(...visible(token.text));
+    if (token.text !== undefined) text += token.text;
     else if (token.node) add(token.node());
     else {
-      for (const pair of token.ended) {
-        if (tooDeep) {
-          tooDeep--;
-          add(pair.mark);
-        } else within.pop();
-      }
-      if (token.count) add(token.mark.repeat(token.count));
-      for (const pair of token.begun) {
-        if (tooDeep || within.length > DEEPEST) {
-          tooDeep++;
-          add(pair.mark);
-        } else {
-          const node = element(pair.tag);
-          add(node);
-          within.push(node);
-        }
-      }
+      token.ended.forEach(end);
+      text += token.mark.repeat(token.count);
+      token.begun.forEach(begin);
     }
   }
+  add();
   return [...top.childNodes];
 }
 

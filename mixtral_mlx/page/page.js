@@ -167,10 +167,12 @@ async function answer(conversation) {
 }
 
 function bodyFor({ system, sampling, messages }) {
-  const said = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
+  // Half a character, which a model may end with, is no text that a server takes.
+  const said = ({ role, content }) => ({ role, content: content.toWellFormed() });
+  const all = [{ role: "system", content: system.trim() && system }, ...messages];
   return {
     model: model ?? "default",
-    messages: system.trim() ? [{ role: "system", content: system }, ...said] : said,
+    messages: all.filter(({ content }) => content).map(said),
     ...sampling,
   };
 }
