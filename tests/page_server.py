@@ -92,7 +92,7 @@ class PageServer(ThreadingHTTPServer):
         self.asked: list[Asked] = []
         self.key: str | None = None
         self.routing: dict[str, Any] | None = None
-        self.states: deque[str] = deque()
+        self.loading: deque[int] = deque()
         self.models = ["mixtral-8x7b-instruct-q4"]
 
     @property
@@ -117,15 +117,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._note()
-        files = {"/": "index.html"} | {f"/page/{name}": name for name in page.MEDIA_TYPES if name != "index.html"}
+        files = {"/": "index.html"} | {f"/{name}": name for name in page.MEDIA_TYPES if name != "index.html"}
         if self.path in files:
             name = files[self.path]
             self._answer(200, (page.FOLDER / name).read_bytes(), page.MEDIA_TYPES[name])
         elif self.path == "/health":
-            state = self.server.states.popleft() if self.server.states else "ready"
-            self._json(200, {"state": state, "running": 0, "queued": 0})
+            self._json(200, {"status": "ok", "state": "ready"})
         elif not self._has_key():
             self._unauthorized()
+        elif self.path == "/v1/models" and self.server.loading:
+            so_far = self.server.loading.popleft()
+            self._json(503, {"error": {"message": f"The model is being loaded: {so_far} %.", "code": "loading"}})
         elif self.path == "/v1/models":
             models = [{"id": name, "object": "model"} for name in self.server.models]
             self._json(200, {"object": "list", "data": models})

@@ -1,6 +1,6 @@
 """The chat page that a server gives out at `/`: where its files lie, and what a browser may do with them.
 
-The files are sent as they are; index.html asks for the others below `page/`. Knows nothing of HTTP."""
+The files are sent as they are, index.html at `/` and the others beside it. Knows nothing of HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEDIA_TYPES = {
         for name in ("api", "dom", "experts", "files", "markdown", "page", "settings", "store", "theme", "thread")
     },
 }
-"""Each file there is, and what it is to be sent as. All but index.html are asked for as `page/NAME`."""
+"""Each file there is, and what it is to be sent as."""
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (

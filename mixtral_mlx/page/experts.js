@@ -1,4 +1,5 @@
-// A live picture of which experts answer: a table of layers × experts, warmer where more tokens went.
+// A live picture of which experts answer: a table of layers × experts, warmer where more tokens went. What is counted
+// is what passed while somebody looked.
 
 import { get, ServerError } from "./api.js";
 import { byId, element, shownCount } from "./dom.js";
@@ -29,17 +30,17 @@ export class ExpertsView {
 
   open(isOpen) {
     this.isOpen = isOpen;
-    if (isOpen) this.ask();
+    if (isOpen) this.begin(this.isLive);
   }
 
-  /** A reply begins: what was counted until now is left out of “This reply”. */
-  async begin() {
-    this.isLive = true;
-    this.before = null;
+  /** A reply begins: what was counted until now is left out of “This reply”. The server counts while it is asked. */
+  async begin(isLive = true) {
+    this.isLive = isLive;
+    if (!this.isOpen) return;
     try {
-      this.before = await routing();
+      this.before = this.latest = await routing();
     } catch {
-      // Then “This reply” shows everything.
+      // ask() says why.
     }
     this.ask();
   }
@@ -60,7 +61,8 @@ export class ExpertsView {
       byId("experts-summary").textContent = error.message;
     }
     this.isAsking = false;
-    if (this.isLive) setTimeout(() => this.ask(), EVERY_MS);
+    clearTimeout(this.next);
+    if (this.isLive) this.next = setTimeout(() => this.ask(), EVERY_MS);
     else if (wasLive) this.ask();
   }
 

@@ -10,6 +10,7 @@ import { conversationRow, NEEDS_KEY, Thread } from "./thread.js";
 
 const SAVE_EVERY_MS = 2000;
 const STATS_EVERY_MS = 3000;
+const LOADING_EVERY_MS = 700;
 const UNDO_MS = 12_000;
 const ANNOUNCED = 1500;
 
@@ -156,9 +157,9 @@ async function answer(conversation) {
   draw();
   scrollToEnd();
   announce("Mixtral is answering.");
-  experts.begin();
   watchMemory();
   try {
+    await experts.begin();
     for await (const part of api.reply(body, mine.controller.signal)) take(mine, part);
   } catch (error) {
     fail(mine, error);
@@ -303,17 +304,26 @@ async function connect() {
     await listModels();
     hideNotice("server");
   } catch (error) {
-    if (error.status === 401) {
-      if (await askForKey()) return connect();
-      notice("server", "This server asks for a key.", "Without it nothing can be answered.", "Enter the key", async () => (await askForKey()) && connect());
-      return undefined;
-    }
-    notice("server", error.message, error.hint, "Try again", connect);
-    return undefined;
+    return notConnected(error);
   }
   byId("show-experts").hidden = !(await experts.isThere());
-  watchLoading();
   return watchMemory();
+}
+
+async function notConnected(error) {
+  const enterKey = async () => {
+    const given = await askForKey();
+    if (given) await connect();
+    return given;
+  };
+  if (error.code === "loading") {
+    byId("model-name").textContent = error.message;
+    setTimeout(connect, LOADING_EVERY_MS);
+  } else if (error.status !== 401) {
+    notice("server", error.message, error.hint, "Try again", connect);
+  } else if (!(await enterKey())) {
+    notice("server", "This server asks for a key.", "Without it nothing can be answered.", "Enter the key", enterKey);
+  }
 }
 
 async function listModels() {
@@ -323,18 +333,6 @@ async function listModels() {
   byId("model-name").textContent = model ?? "";
   byId("set-model").replaceChildren(...names.map((name) => element("option", { value: name, selected: name === model }, name)));
   byId("model-field").hidden = names.length < 2;
-}
-
-async function watchLoading() {
-  let state;
-  try {
-    ({ state } = await api.get("health"));
-  } catch {
-    return;
-  }
-  byId("model-name").textContent = state === "loading" ? "The model is loading …" : (model ?? "");
-  if (state === "loading") setTimeout(watchLoading, 1000);
-  if (state === "failed") notice("server", "The model could not be loaded.", "The server’s own output says why; the next message tries again.", "Try again", connect);
 }
 
 let watching = false;
