@@ -69,12 +69,13 @@ async function refusal(response) {
   return asError(body, status, response.headers.get("Retry-After"));
 }
 
+// Our server's own messages say what to do; the hints are for those that say nothing.
 function asError(body, status = 0, retryAfter = null) {
   const said = typeof body === "string" ? body : body?.message;
   const wait = Number(retryAfter);
   const known = HINTS[status] ?? (status >= 500 ? HINTS[500] : "Try again.");
   return new ServerError(said || `The server answered with status ${status}.`, {
-    hint: wait > 0 ? `Try again in ${wait} ${wait === 1 ? "second" : "seconds"}.` : (body?.hint || known),
+    hint: wait > 0 ? `Try again in ${wait} ${wait === 1 ? "second" : "seconds"}.` : (body?.hint ?? (said ? "" : known)),
     code: body?.code ? String(body.code) : "",
     status,
     retryAfter: wait > 0 ? wait : null,

@@ -79,7 +79,7 @@ export class ExpertsView {
         const share = total ? count / total : 0;
         cell.style.setProperty("--heat", heat(share, experts).toFixed(3));
         cell.classList.toggle("chosen", Boolean(chosen[layer]?.includes(expert)));
-        cell.firstChild.textContent = total ? `${Math.round(100 * share)} %` : "–";
+        cell.firstChild.textContent = total ? percent(share) : "–";
       });
     });
     this.summarize(counts);
@@ -105,6 +105,7 @@ export class ExpertsView {
       ),
     );
     const rows = this.cells.map((cells, layer) => element("tr", {}, element("th", { scope: "row" }, `${layer + 1}`), ...cells));
+    byId("experts-table").style.setProperty("--layers", layers);
     byId("experts-table").replaceChildren(
       element("caption", { class: "unseen" }, "Share of the tokens that each expert got, by layer"),
       element("thead", {}, head),
@@ -127,7 +128,7 @@ export class ExpertsView {
     const tokens = Math.round((counts[0] ?? []).reduce((sum, count) => sum + count, 0) / chosen);
     byId("experts-summary").textContent = busiest.share
       ? `${shownCount(tokens)} tokens. Busiest: expert ${busiest.expert + 1} of layer ${busiest.layer + 1}, ` +
-        `${Math.round(100 * busiest.share)} %. Evenness ${Math.round(100 * evenness)} %.`
+        `${percent(busiest.share)}. Evenness ${percent(evenness)}.`
       : "Nothing was counted yet. Ask something.";
   }
 
@@ -140,6 +141,8 @@ export class ExpertsView {
 }
 
 const routing = () => get("routing");
+
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
 // 0 is nothing, 1 three times an even share and more.
 const heat = (share, experts) => Math.min(1, (share * experts) / 3);

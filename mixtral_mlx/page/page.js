@@ -10,7 +10,7 @@ import { conversationRow, NEEDS_KEY, Thread } from "./thread.js";
 
 const SAVE_EVERY_MS = 2000;
 const STATS_EVERY_MS = 3000;
-const LOADING_EVERY_MS = 700;
+const LOADING_EVERY_MS = 1000;
 const UNDO_MS = 12_000;
 const ANNOUNCED = 1500;
 
@@ -317,7 +317,7 @@ async function notConnected(error) {
     return given;
   };
   if (error.code === "loading") {
-    byId("model-name").textContent = error.message;
+    byId("model-name").textContent = error.message.split(/(?<=\.) /)[0];
     setTimeout(connect, LOADING_EVERY_MS);
   } else if (error.status !== 401) {
     notice("server", error.message, error.hint, "Try again", connect);
