@@ -755,9 +755,34 @@ def test_code_is_copied_as_it_was_written(server: PageServer, visit: Callable[..
 # For everybody.
 
 
+SHOWN = """Experts are **small networks** inside each layer; a *router* sends every token to two of eight.
+
+## How a token travels
+
+1. The router scores the experts with one small matrix.
+2. The best two are asked:
+   - their answers are weighed by the scores
+   - ~~all~~ the rest is not computed, see [the paper](https://arxiv.org/abs/2401.04088)
+3. The sum goes on to the next layer.
+
+```python
+def route(hidden, gate, experts):
+    scores = softmax(hidden @ gate.T)
+    return sum(scores[chosen] * experts[chosen](hidden) for chosen in top_k(scores, 2))  # of all eight
+```
+
+| model | layers | active |
+|---|---:|---:|
+| 8x7B | 32 | 12.9 B |
+| 8x22B | 56 | 39 B |
+
+> The name says 8x7B, but attention is shared: `46.7 B` in all. \u202eNot\u202c hidden.
+"""
+
+
 def full_of_life(server: PageServer, chat: Visit) -> None:
     """A conversation with one of everything."""
-    server.plays.append(Play(["\n\n".join(MARKDOWN)], timings={"generation_tps": 38.2, "first_token_s": 0.4}))
+    server.plays.append(Play([SHOWN], timings={"generation_tps": 38.2, "first_token_s": 0.4}))
     chat.ask("Show me what you can write.")
     expect(chat.replies.locator(".numbers")).to_be_visible()
     server.plays.append(Play(["Begun", Failure({"message": "Memory ran short.", "hint": "Free some."})]))
@@ -860,6 +885,22 @@ def test_everything_can_be_done_with_the_keyboard(server: PageServer, visit: Cal
     tab_to(chat, "Delete New name")
     press("Enter")
     expect(chat.page.locator("#conversations li")).to_have_count(0)
+
+
+@pytest.mark.browser
+def test_a_reply_that_ends_takes_the_focus_from_nobody(server: PageServer, visit: Callable[..., Visit]) -> None:
+    chat, hold = visit(), Hold()
+    chat.ask("One")
+    expect(chat.replies.locator(".numbers")).to_be_visible()
+    server.plays.append(Play(["Begun", hold]))
+    chat.ask("Two")
+    expect(chat.replies.nth(1).locator(".body")).to_have_text("Begun")
+    chat.button("Edit and continue from here").first.click()
+    chat.page.keyboard.type("!")
+    hold.released.set()
+    expect(chat.replies.nth(1).locator(".numbers")).to_be_visible()
+    expect(chat.page.get_by_label("Edit your message")).to_be_focused()
+    expect(chat.page.get_by_label("Edit your message")).to_have_value("One!")
 
 
 def tab_to(chat: Visit, name: str) -> None:

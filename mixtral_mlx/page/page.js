@@ -57,7 +57,7 @@ function drawList() {
       open: () => {
         closeOverlays();
         open(conversation);
-        byId("message").focus();
+        focusMessage();
       },
       remove: () => remove(conversation),
     }),
@@ -90,7 +90,7 @@ function remove(conversation) {
   if (conversation === current) open(conversations[0] ?? store.fresh());
   else drawList();
   hideNotice("storage");
-  byId("message").focus();
+  focusMessage();
   offerUndo(`Deleted “${conversation.title}”.`, () => {
     conversations.push(conversation);
     conversations.sort((one, other) => other.updated - one.updated);
@@ -137,6 +137,7 @@ function replaceFrom(message, said, replacement) {
   const place = before.indexOf(message);
   conversation.messages = [...before.slice(0, place), ...replacement()];
   answer(conversation);
+  focusMessage();
   if (!said) return;
   offerUndo(said, () => {
     if (reply?.conversation === conversation) stop();
@@ -262,6 +263,11 @@ function drawReply() {
 
 // The field for messages, and the line below it.
 
+// On a telephone the focus would bring up the keyboard over what is to be read.
+function focusMessage() {
+  (matchMedia("(pointer: coarse)").matches ? scroller : byId("message")).focus({ preventScroll: true });
+}
+
 function drawComposer() {
   const wasOn = document.activeElement;
   byId("send").hidden = Boolean(reply);
@@ -269,7 +275,7 @@ function drawComposer() {
   byId("send").disabled = !byId("message").value.trim();
   byId("live").textContent = reply ? progressOf(reply) : "";
   byId("to-end").hidden = atEnd();
-  if (wasOn === byId("stop") && !reply) byId("message").focus();
+  if (wasOn === byId("stop") && !reply) focusMessage();
 }
 
 function progressOf({ first, last, pieces, begun, progress }) {
@@ -391,7 +397,7 @@ function offerUndo(text, undo) {
   byId("toast-action").onclick = () => {
     byId("toast").hidden = true;
     undo();
-    byId("message").focus();
+    focusMessage();
   };
   const hide = () => {
     // Not from under the finger of somebody who is about to press it.

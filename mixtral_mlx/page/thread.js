@@ -22,10 +22,13 @@ export class Thread {
         this.views.delete(message);
       }
     }
-    for (const message of messages) {
+    messages.forEach((message, place) => {
       if (!this.views.has(message)) this.views.set(message, new MessageView(message, this.actions));
-      this.container.append(this.views.get(message).node);
-    }
+      const { node } = this.views.get(message);
+      // What is moved loses the focus, so only what is elsewhere is.
+      const there = this.container.children[place] ?? null;
+      if (there !== node) this.container.insertBefore(node, there);
+    });
     for (const [message, view] of this.views) view.update(message === live?.message ? live : null);
   }
 
@@ -56,6 +59,9 @@ class MessageView {
 
   /** Show the message as it is now, `live` being the reply under way if it is this one. */
   update(live) {
+    const state = live ? null : JSON.stringify(this.message);
+    if (state && state === this.state) return;
+    this.state = state;
     const { content } = this.message;
     if (this.isUser) this.body.textContent = content;
     else if (this.shown !== content) this.markdown.show(content);
@@ -111,7 +117,6 @@ class MessageView {
     const area = element("textarea", { "aria-label": "Edit your message", rows: 3 });
     area.value = this.message.content;
     const done = () => {
-      this.editing = false;
       form.replaceWith(this.body);
       this.foot.hidden = false;
       this.foot.querySelector("button:last-of-type")?.focus();
