@@ -117,10 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._note()
-        files = {"/": "index.html"} | {f"/{name}": name for name in page.MEDIA_TYPES if name != "index.html"}
-        if self.path in files:
-            name = files[self.path]
-            self._answer(200, (page.FOLDER / name).read_bytes(), page.MEDIA_TYPES[name])
+        file = page.FOLDER / (self.path[1:] or "index.html")
+        if file.parent == page.FOLDER and file.suffix in page.MEDIA_TYPES and file.is_file():
+            self._answer(200, file.read_bytes(), page.MEDIA_TYPES[file.suffix])
         elif self.path == "/health":
             self._json(200, {"status": "ok", "state": "ready"})
         elif not self._has_key():

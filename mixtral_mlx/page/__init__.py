@@ -9,15 +9,12 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 MEDIA_TYPES = {
-    "index.html": "text/html; charset=utf-8",
-    "page.css": "text/css; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-    **{
-        f"{name}.js": "text/javascript; charset=utf-8"
-        for name in ("api", "dom", "experts", "files", "markdown", "page", "settings", "store", "theme", "thread")
-    },
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
-"""Each file there is, and what it is to be sent as."""
+"""What the files of the page are to be sent as, by suffix; no others in the folder are meant for browsers."""
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (

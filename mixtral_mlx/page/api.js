@@ -46,7 +46,8 @@ const HINTS = {
 
 async function request(path, options = {}) {
   const headers = { ...options.headers };
-  if (key) headers.Authorization = `Bearer ${key}`;
+  // Other characters fit no header, and no key has them: the server will ask again.
+  if (/^[\x21-\x7e]+$/.test(key)) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
     response = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });

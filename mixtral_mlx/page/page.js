@@ -4,6 +4,8 @@ import * as api from "./api.js";
 import { announce, byId, element, oncePerFrame, shownBytes, shownCount, shownSeconds, shownSpeed } from "./dom.js";
 import { ExpertsView } from "./experts.js";
 import { asJson, asMarkdown, download, fileName, fromJson } from "./files.js";
+import { askForKey, hideNotice, notice, offerUndo } from "./notices.js";
+import { closeOverlays, cover, setUpPanels } from "./panels.js";
 import { SettingsForm } from "./settings.js";
 import * as store from "./store.js";
 import { conversationRow, NEEDS_KEY, Thread } from "./thread.js";
@@ -11,7 +13,6 @@ import { conversationRow, NEEDS_KEY, Thread } from "./thread.js";
 const SAVE_EVERY_MS = 2000;
 const STATS_EVERY_MS = 3000;
 const LOADING_EVERY_MS = 1000;
-const UNDO_MS = 12_000;
 const ANNOUNCED = 1500;
 
 let conversations = store.all();
@@ -96,6 +97,7 @@ function remove(conversation) {
     conversations.sort((one, other) => other.updated - one.updated);
     keep(conversation);
     open(conversation);
+    focusMessage();
   });
 }
 
@@ -144,6 +146,7 @@ function replaceFrom(message, said, replacement) {
     conversation.messages = before;
     keep(conversation);
     if (conversation === current) draw();
+    focusMessage();
   });
 }
 
@@ -370,65 +373,6 @@ function drawServer({ memory, requests, experts: streamed }) {
   byId("server").replaceChildren(...rows.filter(([, value]) => value).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 }
 
-// Notes above the messages, and the one at the bottom that takes something back.
-
-let noticeAbout = "";
-function notice(about, message, hint, action, act) {
-  noticeAbout = about;
-  byId("notice-message").textContent = message;
-  byId("notice-hint").textContent = hint;
-  byId("notice-action").textContent = action;
-  byId("notice-action").onclick = act;
-  byId("notice").hidden = false;
-}
-
-function hideNotice(about) {
-  if (about !== noticeAbout) return;
-  byId("notice").hidden = true;
-  noticeAbout = "";
-}
-
-let undoTimer = 0;
-function offerUndo(text, undo) {
-  clearTimeout(undoTimer);
-  byId("toast").hidden = false;
-  byId("toast-text").textContent = text;
-  byId("toast-action").hidden = !undo;
-  byId("toast-action").onclick = () => {
-    byId("toast").hidden = true;
-    undo();
-    focusMessage();
-  };
-  const hide = () => {
-    // Not from under the finger of somebody who is about to press it.
-    if (byId("toast").matches(":hover, :focus-within")) undoTimer = setTimeout(hide, 2000);
-    else byId("toast").hidden = true;
-  };
-  undoTimer = setTimeout(hide, UNDO_MS);
-}
-
-let askingForKey = null;
-function askForKey() {
-  askingForKey ??= new Promise((resolve) => {
-    const dialog = byId("key-dialog");
-    byId("key-text").textContent = api.hasKey()
-      ? "The key was not accepted. Enter the one that the server was started with; it is kept until this tab is closed."
-      : "Enter the API key that the server was started with. It is kept until this tab is closed.";
-    byId("key").value = "";
-    dialog.returnValue = "";
-    dialog.onclose = () => {
-      askingForKey = null;
-      const given = dialog.returnValue === "given";
-      if (given) api.useKey(byId("key").value.trim());
-      byId("key").value = "";
-      resolve(given);
-    };
-    dialog.showModal();
-    byId("key").focus();
-  });
-  return askingForKey;
-}
-
 // Files.
 
 function exportAll() {
@@ -447,58 +391,6 @@ async function importFile(file) {
   }
 }
 
-// Panels: beside the messages where there is room, over them where there is not.
-
-const NARROW = matchMedia("(max-width: 1099px)");
-const VERY_NARROW = matchMedia("(max-width: 759px)");
-const panels = { sidebar: "show-sidebar", settings: "show-settings", experts: "show-experts" };
-const isOver = (name) => (name === "sidebar" ? VERY_NARROW : NARROW).matches;
-
-function toggle(name, isOpen = byId(name).hidden) {
-  if (isOpen) {
-    for (const other of Object.keys(panels)) {
-      const shareAPlace = name !== "sidebar" && other !== "sidebar";
-      if (other !== name && (shareAPlace || isOver(other))) close(other);
-    }
-  }
-  byId(name).hidden = !isOpen;
-  byId(panels[name]).setAttribute("aria-expanded", String(isOpen));
-  if (name === "sidebar") byId("show-sidebar").hidden = isOpen && !isOver("sidebar");
-  if (name === "experts") experts.open(isOpen);
-  cover();
-  const opener = byId(panels[name]);
-  if (isOpen) byId(name).querySelector("button, input, textarea")?.focus();
-  else (opener.hidden ? byId("message") : opener).focus();
-}
-
-function close(name) {
-  byId(name).hidden = true;
-  byId(panels[name]).setAttribute("aria-expanded", "false");
-  if (name === "experts") experts.open(false);
-}
-
-// What a panel lies over can neither be seen well nor used.
-function cover() {
-  const over = Object.keys(panels).find((name) => !byId(name).hidden && isOver(name));
-  byId("shade").hidden = !over;
-  byId("main").inert = Boolean(over);
-  byId("sidebar").inert = Boolean(over && over !== "sidebar");
-  return over;
-}
-
-function closeOverlays() {
-  const over = cover();
-  if (over) toggle(over, false);
-}
-
-function arrange() {
-  const isOpen = !VERY_NARROW.matches;
-  byId("sidebar").hidden = !isOpen;
-  byId("show-sidebar").hidden = isOpen;
-  byId("show-sidebar").setAttribute("aria-expanded", String(isOpen));
-  cover();
-}
-
 // What each button and key does.
 
 function connectButtons() {
@@ -513,14 +405,6 @@ function connectButtons() {
   on("to-end", scrollToEnd);
   on("new", startNew);
   on("new-in-sidebar", startNew);
-  on("show-sidebar", () => toggle("sidebar"));
-  on("hide-sidebar", () => toggle("sidebar", false));
-  on("show-settings", () => toggle("settings"));
-  on("show-experts", () => toggle("experts"));
-  on("shade", closeOverlays);
-  for (const button of document.querySelectorAll("[data-close]")) {
-    button.addEventListener("click", () => toggle(button.closest(".panel").id, false));
-  }
   for (const button of byId("suggestions").querySelectorAll("button")) {
     button.addEventListener("click", () => send(button.textContent));
   }
@@ -534,7 +418,8 @@ function connectButtons() {
   fromMenu("export-markdown", () => download(fileName(current.title, "md"), "text/markdown", asMarkdown(current)));
   fromMenu("export-json", () => download(fileName(current.title, "json"), "application/json", asJson([current])));
   fromMenu("delete", () => remove(current));
-  on("notice-close", () => hideNotice(noticeAbout));
+  on("notice-close", () => hideNotice());
+  byId("experts").addEventListener("panel", ({ detail }) => experts.open(detail));
   on("change-key", async () => (await askForKey()) && connect());
   on("key-cancel", () => byId("key-dialog").close(""));
   on("rename-cancel", () => byId("rename-dialog").close(""));
@@ -617,14 +502,12 @@ function storageChanged({ key }) {
 document.addEventListener("keydown", pageKey);
 addEventListener("storage", storageChanged);
 addEventListener("pagehide", () => reply && keep(reply.conversation));
-NARROW.addEventListener("change", cover);
-VERY_NARROW.addEventListener("change", arrange);
 const isHere = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
 byId("where").textContent = isHere
   ? "Mixtral runs on this machine. What you write goes no further."
   : `Mixtral runs on ${location.hostname}. What you write goes there and no further.`;
 if (/Mac|iPhone|iPad/.test(navigator.platform)) byId("new-keys").textContent = "⌘ ⇧ O";
 connectButtons();
-arrange();
+setUpPanels();
 open(current);
 connect();
