@@ -1,10 +1,11 @@
 # Every target sets up what it needs in .venv; nothing else on the machine is touched.
 #   make chat    talk to the built-in demo model (MODEL=folder for a real one)
 #   make test    run the tests
+#   make test-page  try the page in a Chromium (SCREENSHOTS=folder keeps pictures)
 #   make check   format, lint, types, tests
 #   make fix     format, and mend what the linter can
 #   make bench   measure the demo model (or MODEL=folder) next to mlx-lm, and write the table in README.md
-.PHONY: chat test test-long lint check fix bench clean
+.PHONY: chat test test-long test-page lint check fix bench clean
 SHELL := /bin/sh
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -19,6 +20,10 @@ test: .venv/ready-dev
 
 test-long: .venv/ready-dev
 	@$(BIN)/python -m pytest -n auto -m long $(ARGS)
+
+test-page: .venv/ready-page
+	@$(BIN)/python -m tests.chromium
+	@$(BIN)/python -m pytest -n auto -m browser tests/test_page.py $(ARGS)
 
 lint: .venv/ready-dev
 	@$(BIN)/ruff format --check .
@@ -51,3 +56,7 @@ clean:
 .venv/ready-dev: pyproject.toml | .venv/bin/python
 	@$(BIN)/python -m pip install -q -e . --group dev >&2
 	@touch $@ .venv/ready
+
+.venv/ready-page: .venv/ready-dev
+	@$(BIN)/python -m pip install -q --group page >&2
+	@touch $@

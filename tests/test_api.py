@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
     "protocol": {"config", "engine", "generate", "prompt"},
     "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
+    "page": set(),
 }
 
 
