@@ -73,7 +73,9 @@ class Guard:
     async def _answer(self, passage: _Passage) -> None:
         scope, headers = passage.scope, Headers(scope=passage.scope)
         try:
-            self._check_framing(headers)
+            passage.closes = True
+            self._check_framing(scope, headers)
+            passage.closes = False
             self._check_place(passage, headers)
             if _is_preflight(scope, headers):
                 answer: ASGIApp = _preflight(headers)
@@ -84,17 +86,19 @@ class Guard:
             answer = refusal(scope, error)
         await answer(scope, passage.receive, passage.send)
 
-    def _check_framing(self, headers: Headers) -> None:
+    def _check_framing(self, scope: Scope, headers: Headers) -> None:
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise Refused("This is HTTP/1.1.", code="bad_http", status=505)
         if "content-length" in headers and "transfer-encoding" in headers:
             # Two answers to where the request ends: proxies and servers have been played off against each other so.
             raise Refused("There are both Content-Length and Transfer-Encoding.", code="bad_http", status=400)
-        if len(headers.raw) > self._settings.max_headers:
+        most = self._settings.max_headers
+        if len(headers.raw) > most:
             raise Refused(
-                f"There are {len(headers.raw)} headers, expected {self._settings.max_headers} at most.",
-                code="headers_too_large",
-                status=431,
+                f"There are {len(headers.raw)} headers, expected {most} at most.", code="headers_too_large", status=431
             )
-        if sum(len(name) + len(value) for name, value in headers.raw) > self._settings.max_header_bytes:
+        target = len(scope["raw_path"]) + len(scope["query_string"])
+        if target + sum(len(name) + len(value) for name, value in headers.raw) > self._settings.max_header_bytes:
             raise Refused(
                 f"The headers have more than {self._settings.max_header_bytes:,} bytes.",
                 code="headers_too_large",
@@ -160,7 +164,7 @@ _UTF_8 = ("utf-8", "utf8")
 
 
 class _Passage:
-    """A request and its answer: `status` is the answer's, once it has begun."""
+    """A request and its answer: `status` is the answer's, once it has begun; `closes`: the connection ends with it."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -168,6 +172,7 @@ class _Passage:
         self.since = time.monotonic()
         self.allowed_origin: str | None = None
         self.varies = False
+        self.closes = False
         self._receive = receive
         self._send = send
         headers = Headers(scope=scope)
@@ -190,7 +195,7 @@ class _Passage:
             headers.setdefault(name, value)
         headers.setdefault("cache-control", "no-store")
         headers.setdefault("content-security-policy", "default-src 'none'; frame-ancestors 'none'")
-        if self._unread or self.status == 503:
+        if self.closes or self._unread or self.status == 503:
             headers["connection"] = "close"  # Else what is left of the body would be taken for the next request.
         if self.varies:
             headers.add_vary_header("Origin")

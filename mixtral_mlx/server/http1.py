@@ -24,6 +24,7 @@ class Connection(H11Protocol):
 
     A client that does not read what is ready for it for `stalled_s` is let go of."""
 
+    conn: _Parser
     transport: _Gentle
 
     def __init__(self, *args: Any, settings: ServerSettings, **more: Any) -> None:
