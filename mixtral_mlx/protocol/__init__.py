@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from . import openai_chat
+from . import anthropic, completions, embeddings, openai_chat, tokens
 from .answers import served
 from .call import Asks, Call, Frame, Refused, Stream, now
 from .errors import error_body, status_of
@@ -27,7 +27,14 @@ class Parser(Protocol):
     def __call__(self, body: object, asks: Asks, *, aliases: tuple[str, ...] = ...) -> Call: ...
 
 
-PARSERS: dict[str, Parser] = {openai_chat.PATH: openai_chat.parse}
+PARSERS: dict[str, Parser] = {
+    openai_chat.PATH: openai_chat.parse,
+    completions.PATH: completions.parse,
+    anthropic.PATH: anthropic.parse,
+    anthropic.COUNT_PATH: anthropic.parse_count,
+    embeddings.PATH: embeddings.parse,
+    tokens.PATH: tokens.parse,
+}
 """What understands a body, by path: `parser(body, asks, aliases=())`."""
 
 _STARTED = now()

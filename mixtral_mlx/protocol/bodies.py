@@ -6,7 +6,7 @@ behind this has to look out for it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -145,6 +145,12 @@ def _text_or_list(value: object) -> str:
 _T = TypeVar("_T")
 TextOr = Annotated[Annotated[str, Tag("text")] | Annotated[_T, Tag("list")], Discriminator(_text_or_list)]
 """Text, or a list of something."""
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Parts of a message as one text, apart as mistral-common puts them."""
+    return "\n\n".join(texts)
+
 
 Stop = TextOr[Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MOST_STOPS)]]
 

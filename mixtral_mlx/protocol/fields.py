@@ -64,6 +64,22 @@ _OPENAI_SAMPLING = _honoured(
     stream="Default false.",
     stream_options="include_usage is honoured.",
 )
+_MESSAGES = {
+    **_honoured(
+        model=_OPENAI_SAMPLING["model"].note,
+        messages="Text, tool_use and tool_result. The role system is read too.",
+        system="Text, or blocks of text.",
+        tools="The client's own only, and only where the tokenizer has tokens for them (8x22B).",
+        tool_choice="Default auto.",
+        output_config="format is honoured; effort is not.",
+    ),
+    **_labels(cache_control="Prompts that begin alike share what was read in any case."),
+    **_fixed(thinking=({"type": "disabled"},), speed=("standard",)),
+    **_refused(
+        user_profile_id="Of Anthropic's own service.",
+        workspace_id="Of Anthropic's own service.",
+    ),
+}
 _LABELS = _labels(
     user="Names the end user.",
     safety_identifier="Names the end user.",
@@ -104,6 +120,57 @@ FIELDS: dict[str, dict[str, Field]] = {
             web_search_options="Nothing is searched here; offer a function among the tools.",
         ),
     },
+    "/v1/completions": {
+        **_OPENAI_SAMPLING,
+        **_honoured(
+            prompt="A text, several, ids, or lists of ids.",
+            max_tokens="Default 16.",
+            best_of="Only the same as n: answers are not ranked.",
+            echo="Default false. Not together with logprobs.",
+            logprobs="0 to 5. Default: none.",
+            response_format="Ours, as for chat completions.",
+        ),
+        **_EXTENSIONS,
+        **_LABELS,
+        **_refused(suffix="Mixtral was not taught to fill in; put what comes before into prompt."),
+    },
+    "/v1/messages": {
+        **_MESSAGES,
+        **_honoured(
+            max_tokens="Needed.",
+            stop_sequences="Up to 64 texts. Default: none.",
+            stream="Default false.",
+            temperature="Default 1.",
+            top_p="Default 1.",
+            seed="Ours: default another one each time.",
+        ),
+        **_EXTENSIONS,
+        **_labels(metadata="user_id names the end user."),
+        **_fixed(service_tier=("auto", "standard_only")),
+        **_refused(
+            container="Nothing is run here but the model.",
+            diagnostics="There are none.",
+            inference_geo="The model runs where the server does.",
+        ),
+    },
+    "/v1/messages/count_tokens": _MESSAGES,
+    "/v1/embeddings": {
+        **_honoured(
+            model=_OPENAI_SAMPLING["model"].note,
+            input="A text, several, ids, or lists of ids, up to 2,048. Vectors have length 1.",
+            encoding_format="Default float.",
+        ),
+        **_labels(user="Names the end user."),
+        **_refused(dimensions="Vectors are as wide as the model."),
+    },
+    "/tokenize": _honoured(
+        model=_OPENAI_SAMPLING["model"].note,
+        prompt="A text; or give messages.",
+        add_special_tokens="Of a prompt: begin with the token that begins every text. Default true.",
+        messages="As for chat completions.",
+        tools="As for chat completions; with messages.",
+        return_token_strs="Default false.",
+    ),
 }
 """What is done with each field, by the path of its API."""
 
