@@ -47,15 +47,19 @@ class Served:
 
 
 @contextmanager
-def served(model: Engine | Model, log: Log | None = None, **settings: Any) -> Iterator[Served]:
-    """A server on a free port of this machine."""
-    with serving(create_app(model, made := ServerSettings(**settings), log), made) as running:
+def served(model: Engine | Model, log: Log | None = None, *, send_buffer: int = 0, **settings: Any) -> Iterator[Served]:
+    """A server on a free port of this machine; `send_buffer` is how much the system holds of what is sent."""
+    made = ServerSettings(**settings)
+    with serving(create_app(model, made, log), made, send_buffer) as running:
         yield running
 
 
 @contextmanager
-def serving(app: Any, settings: ServerSettings) -> Iterator[Served]:
+def serving(app: Any, settings: ServerSettings, send_buffer: int = 0) -> Iterator[Served]:
+    """The same for an application that is made already."""
     sockets = listening("127.0.0.1", 0, None)
+    if send_buffer:
+        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = sockets[0].getsockname()[1]
     server = Server(app, settings)
     thread = threading.Thread(target=server.run, args=[sockets])
@@ -118,7 +122,9 @@ def _body(file: Any, headers: dict[str, str]) -> bytes:
 
 def events(stream: bytes) -> list[tuple[str | None, str]]:
     """What an event stream says, by the standard's rules: each event's name and data. Comments are skipped."""
-    found, name, data = [], None, []
+    found: list[tuple[str | None, str]] = []
+    name: str | None = None
+    data: list[str] = []
     for line in stream.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n"):
         key, _, value = line.partition(":")
         value = value.removeprefix(" ")

@@ -87,10 +87,12 @@ def knows_host(settings: ServerSettings, header: str) -> bool:
 
     A page elsewhere can make its own name lead here (DNS rebinding), but no address: so of names only those are known
     that cannot be anybody else's, or were allowed."""
+    if not settings.host:
+        return True  # No page gets to a Unix socket.
     if not (found := _HOST_AND_PORT.fullmatch(header)) or int(found[2] or 0) > 65535:
         return False
     name = found[1].lower().rstrip(".")
-    if not settings.host or name in (allowed.lower() for allowed in settings.allow_hosts):
+    if name in (allowed.lower() for allowed in settings.allow_hosts):
         return True
     bound, asked = _address(settings.host), _address(name)
     if is_loopback(settings.host):
