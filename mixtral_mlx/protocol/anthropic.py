@@ -152,7 +152,7 @@ class CountBody(Body):
 
 
 class MessagesBody(CountBody, Extensions):
-    """The body of `/v1/messages`; `fields.py` says of every field what is done with it."""
+    """The body of `/v1/messages`."""
 
     max_tokens: Count
     stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None = None

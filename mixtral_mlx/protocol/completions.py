@@ -51,7 +51,7 @@ def each(prompts: Any, most: int, param: str) -> list[str | list[int]]:
 
 
 class CompletionBody(OpenAISampling):
-    """The body of `/v1/completions`; `fields.py` says of every field what is done with it."""
+    """The body of `/v1/completions`."""
 
     prompt: Prompts
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None

@@ -20,7 +20,7 @@ _MOST_INPUTS = 2048
 
 
 class EmbeddingBody(Body):
-    """The body of `/v1/embeddings`; `fields.py` says of every field what is done with it."""
+    """The body of `/v1/embeddings`."""
 
     input: Prompts
     model: str | None = None

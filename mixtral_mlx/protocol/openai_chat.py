@@ -105,7 +105,7 @@ ToolChoiceField = Annotated[
 
 
 class ChatBody(OpenAISampling):
-    """The body of `/v1/chat/completions`; `fields.py` says of every field what is done with it."""
+    """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
