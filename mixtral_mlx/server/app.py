@@ -82,7 +82,7 @@ class _House:
         gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/health": self._health,
             "/v1/models": self._models,
-            "/v1/models/{id:path}": self._model,
+            "/v1/models/{model:path}": self._model,
             "/stats": self._stats,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
@@ -148,11 +148,10 @@ class _House:
         return JSONResponse(protocol.models(self.engine))
 
     async def _model(self, request: Request) -> Response:
-        asked = request.path_params["id"]
-        for model in protocol.models(self.engine)["data"]:
-            if model["id"] == asked:
-                return JSONResponse(model)
-        raise Refused(f"There is no model {asked[:100]!r} here.", code="model_not_found", status=404)
+        asked, one = request.path_params["model"], protocol.model(self.engine)
+        if asked != one["id"]:
+            raise Refused(f"There is no model {asked[:100]!r} here.", code="model_not_found", status=404)
+        return JSONResponse(one)
 
     async def _stats(self, request: Request) -> Response:
         engine = self.engine
@@ -163,7 +162,7 @@ class _House:
         return Response(self.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi.document())
+        return JSONResponse(openapi.document(with_key=bool(self.settings.api_key)))
 
 
 class _Calls:
