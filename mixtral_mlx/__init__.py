@@ -16,6 +16,7 @@
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words
     chat       the conversation in the terminal, with terminal and markdown for the screen
+    server     the engine over HTTP, for programs that speak OpenAI's and Anthropic's APIs
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine

@@ -65,7 +65,7 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
         from .prompt import Tokenizer
         from .weights import load, locate
     if choice.quiet or not sys.stderr.isatty():
-        _silence_downloads()
+        silence_downloads()
     folder = locate(choice.name, offline=choice.offline)
     memory = choice.memory_bytes
     if beside_bytes:
@@ -95,7 +95,8 @@ def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
     return Ready(name, loaded, tokenizer, conversation, is_demo)
 
 
-def _silence_downloads() -> None:
+def silence_downloads() -> None:
+    """Keep what fetches a model from drawing bars of its own."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()

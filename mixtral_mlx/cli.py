@@ -662,7 +662,7 @@ def _serve_parser() -> _Parser:
     _add_model(parser, "the demo")
     group = parser.add_argument_group("where it listens, and to whom")
     group.add_argument("--host", metavar="H", help="address to listen at; another machine's needs a key (127.0.0.1)")
-    group.add_argument("--port", type=_count(0), metavar="N", help="port to listen at; 0 takes a free one (8080)")
+    group.add_argument("--port", type=_port, metavar="N", help="port to listen at; 0 takes a free one (8080)")
     group.add_argument("--uds", type=Path, metavar="PATH", help="a Unix socket to listen at instead")
     group.add_argument(
         "--api-key",
@@ -716,6 +716,12 @@ def _serve_parser() -> _Parser:
     group.add_argument("--log-prompts", action="store_true", help="also log what is asked, which is private")
     group.add_argument("--quiet", action="store_true", help="no progress bar and no line for each request")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a port from 0 to 65535")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

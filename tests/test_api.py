@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
+    "server": {"__version__", "chat", "config", "engine", "protocol", "terminal"},
     "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "weights"},
     "protocol": {"config", "engine", "generate", "prompt"},
 }

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from starlette.routing import Route
 
+from mixtral_mlx.cli import main
 from mixtral_mlx.config import MixtralError
 from mixtral_mlx.engine.engine import Engine, load
 from mixtral_mlx.engine.request import Done, EngineError, PromptProgress, Token
@@ -395,6 +396,12 @@ def test_an_origin_that_is_none_is_refused_at_the_start(origin: str) -> None:
         ServerSettings(allow_origins=(origin,))
 
 
+RIGHT_KEYS = [{"authorization": "Bearer secret"}, {"authorization": "bearer secret"}, {"x-api-key": "secret"}]
+RIGHT_KEYS += [{"api-key": "secret"}, {"authorization": "Bearer none", "x-api-key": "secret"}]
+WRONG_KEYS: list[dict[str, str]] = [{}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}]
+WRONG_KEYS += [{"x-api-key": "secre"}, {"x-api-key": "secret1"}, {"api-key": ""}, {"authorization": "Basic secret"}]
+
+
 def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> None:
     app = create_app(engine, ServerSettings(api_key="secret"))
     folder = files("mixtral_mlx") / "page"
@@ -405,12 +412,11 @@ def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> No
         assert route.methods
         for method in sorted({*route.methods, "OPTIONS", "DELETE"}):
             path = route.path.replace("{model:path}", "demo")
-            wrong: tuple[dict[str, str], ...] = ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"x-api-key": "secre"})
-            for key in wrong:
+            for key in WRONG_KEYS:
                 answer = called(app, {**ASKS, **key}, method=method, path=path)
                 assert (answer.status == 401) == (path not in page | {"/health"}), (path, method, answer)
                 tried += 1
-            for key in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}, {"api-key": "secret"}):
+            for key in RIGHT_KEYS:
                 assert called(app, {**ASKS, **key}, method=method, path=path).status != 401
     assert tried > 50
     assert called(app, HERE, method="GET", path="/nothing").status == 401  # Nor is it said what there is.
@@ -788,6 +794,33 @@ def test_serving_on_other_machines_addresses_without_a_key_is_refused() -> None:
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert answer.returncode == 1
     assert answer.stderr.startswith("error[key_required]: The address 0.0.0.0 can be reached from other machines")
+
+
+WRONG_OPTIONS = [
+    ("--port 65536", "--port is '65536', expected a port from 0 to 65535"),
+    ("--port http", "--port is 'http'"),
+    ("--uds a --host b", "Both --uds and --host were given"),
+    ("--uds a --port 1", "Both --uds and --port were given"),
+    ("--timeout 0", "--timeout is '0', expected a number of seconds above 0"),
+    ("--max-body lots", "--max-body is 'lots', expected a number and a unit"),
+    ("--max-queue 0", "--max-queue is '0', expected a whole number of at least 1"),
+    ("--workers 4", "mixtral-mlx serve has no option --workers"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_by_name(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *options.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_upload_that_is_under_way_at_the_end_is_told_so(engine: Engine) -> None:
+    with served(engine, body_s=20) as server, server.connect() as client:
+        client.sendall(head("Content-Length: 100") + b"{")
+        assert until(lambda: bool(server.server.server_state.tasks))
+        server.server.end()
+        answer = next(answers(client))
+    assert (answer.status, answer.code) == (503, "shutting_down")
 
 
 def test_a_file_where_the_socket_should_be_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real clients against a real server: each does what it can do of 15 things, and gets what the engine says by itself."""
+"""Real clients against a real server: each does what it can of 15 things, and gets what the engine says by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CITIES = {
     "additionalProperties": False,
 }
 WEATHER = Tool("weather", "The weather", CITIES)
-CALLED = [
+CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "Weather in Rome?"},
     {
         "role": "assistant",
@@ -171,7 +171,7 @@ class OpenAI:
         return [_from_openai(answer) for answer in _split(self.client.chat.completions.create(**question.openai()))]
 
     def stream(self, question: Question, most: int | None = None) -> Said:
-        options = {"stream": True, "stream_options": {"include_usage": True}}
+        options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
         with self.client.chat.completions.create(**question.openai(), **options) as stream:
             return _joined_openai(chunk for chunk, _ in zip(stream, range(most or 10**6), strict=False))
 
@@ -205,7 +205,7 @@ class AsyncOpenAI(OpenAI):
         return [_from_openai(one) for one in _split(answer)]
 
     def stream(self, question: Question, most: int | None = None) -> Said:
-        options = {"stream": True, "stream_options": {"include_usage": True}}
+        options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
         async def ask(client: openai.AsyncOpenAI) -> list[Any]:
             chunks: list[Any] = []
@@ -238,7 +238,8 @@ def _from_openai(answer: tuple[Any, Any]) -> Said:
 
 
 def _joined_openai(chunks: Any) -> Said:
-    said, calls, pieces = Said(), {}, 0
+    said, pieces = Said(), 0
+    calls: dict[int, list[str]] = {}
     for chunk in chunks:
         if chunk.usage:
             said.tokens = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)

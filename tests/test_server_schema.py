@@ -1,4 +1,4 @@
-"""The server against its own OpenAPI document: whatever is sent, no answer is a 5xx, and each is as the document says."""
+"""The server against its own OpenAPI document: whatever is sent, no answer is a 5xx, and each is as documented."""
 
 from __future__ import annotations
 

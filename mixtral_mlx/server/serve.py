@@ -22,7 +22,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.applications import Starlette
 
-from ..chat import ModelChoice
+from ..chat import ModelChoice, silence_downloads
 from ..config import MixtralError
 from ..engine.engine import Engine, load
 from ..terminal import Bar
@@ -107,6 +107,11 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.stop()
         await super().shutdown(sockets)
+        if tasks := self.server_state.tasks:  # They were cancelled, and still say so to their clients.
+            await asyncio.wait(tasks, timeout=_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).transport.abort()
+        await asyncio.sleep(0)
 
     def end(self) -> None:
         """Take no more requests, let those that run say a last word, and return from `run`."""
@@ -162,6 +167,8 @@ class _Loading:
 
     def _load(self) -> None:
         choice = self._request.choice
+        if choice.quiet or not sys.stderr.isatty():
+            silence_downloads()
         try:
             with Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
 
