@@ -168,11 +168,11 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     asked = read(PATH, MessagesBody, body)
     check_model(asked.model, asks, aliases)
     settings = {
+        **asked.extensions(),
         **temperature_and_top_p(asked.temperature, asked.top_p),
         "max_tokens": asked.max_tokens,
         "stop": tuple(asked.stop_sequences or ()),
         "seed": None if asked.seed is None else asked.seed % (1 << 64),
-        **asked.extensions(),
     }
     if asked.output_config and asked.output_config.format:
         settings["response_format"] = schema_format(asked.output_config.format.schema_)

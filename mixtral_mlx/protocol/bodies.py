@@ -99,7 +99,8 @@ def _refused(error: ValidationError, body: object) -> Refused:
     if kind == "extra_forbidden":
         return Refused(f"There is no field {name}.", code="unknown_field", hint="Leave it out.", param=name)
     if kind == "union_tag_invalid":
-        key = str(context.get("discriminator")).strip("'").replace("_item_kind()", "type")
+        key = str(context.get("discriminator")).strip("'")
+        key = "type" if key.endswith("()") else key  # A function of ours, which looked at the type.
         expected = str(context.get("expected_tags"))
         return _unexpected(str(context.get("tag")), f"{name}.{key}", expected)
     if kind == "union_tag_not_found":
@@ -113,6 +114,13 @@ def _refused(error: ValidationError, body: object) -> Refused:
 
 
 def _unexpected(tag: str, name: str, expected: str) -> Refused:
+    if name.startswith("tools"):
+        return Refused(
+            f"{name} is {shown(tag)}, expected {expected}.",
+            code="unsupported_tool",
+            hint="Nothing but the model runs here: offer a function that the client runs.",
+            param=name,
+        )
     if any(medium in tag for medium in _MEDIA):
         return Refused(
             f"{name} is {shown(tag)}, and Mixtral reads text only.",
