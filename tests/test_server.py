@@ -744,6 +744,13 @@ def test_a_signal_ends_streams_properly_and_the_server_within_three_seconds(
     assert process.stderr.read() == ""
 
 
+def test_a_second_signal_ends_the_process_at_once(process: subprocess.Popen[str]) -> None:
+    port_of(process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -178,9 +178,9 @@ class _Calls:
         engine = house.engine
         with house.place():
             body = await self._body(receive)
-            house.say_prompt(self._path, body)
             # Long prompts take a while to encode, and others should not wait for that.
             call = await asyncio.to_thread(PARSERS[self._path], body, engine, aliases=house.settings.aliases)
+            house.say_prompt(self._path, body)
             replies = submit(call, engine)
             if call.streams:
                 await house.answers.streamed(call.stream(), replies, receive, send)

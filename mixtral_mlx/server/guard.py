@@ -65,7 +65,9 @@ class Guard:
             await refusal(scope, _shutting_down())(scope, passage.receive, passage.send)
         except Exception as error:
             if self._log:
-                self._log.complain(f"error[internal]: {type(error).__name__}: {error} ({_place(error)})")
+                self._log.complain(
+                    f"error[internal]: {type(error).__name__} at {_place(error)}"
+                )  # No message: it may hold a prompt.
             if passage.status:
                 raise
             await refusal(scope, error)(scope, passage.receive, passage.send)

@@ -22,6 +22,7 @@ from typing import Any, cast
 import uvicorn
 from starlette.applications import Starlette
 
+from .. import protocol
 from ..chat import ModelChoice, silence_downloads
 from ..config import MixtralError
 from ..engine.engine import Engine, load
@@ -64,16 +65,16 @@ def serve(request: Request) -> int:
                 print(f"Listening at {where}; requests are answered once the model is loaded.", file=sys.stderr)
             loading.start()
             server.run(sockets)
+            loading.end()
     finally:
         if request.uds:
             request.uds.unlink(missing_ok=True)
-    loading.end()
     return 0
 
 
 def _say_ready(engine: Engine, where: str) -> None:
     with suppress(OSError):  # Nobody reads, which is no reason not to serve.
-        print(f"Ready: {Path(engine.name).name} at {where}", flush=True)
+        print(f"Ready: {protocol.model(engine)['id']} at {where}", flush=True)
 
 
 class Server(uvicorn.Server):
@@ -98,7 +99,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending = threading.Lock()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
