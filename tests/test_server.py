@@ -422,6 +422,29 @@ def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> No
     assert called(app, HERE, method="GET", path="/nothing").status == 401  # Nor is it said what there is.
 
 
+def test_the_page_is_served_without_the_key_and_may_run_nothing_but_its_own(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "page"
+    folder.mkdir()
+    for name, text in (("index.html", "<p>Hi"), ("page.js", "run()"), ("__init__.py", "mine"), ("notes", "mine")):
+        (folder / name).write_text(text)
+    monkeypatch.setattr("mixtral_mlx.server.app.files", lambda package: tmp_path)
+    app = create_app(engine, ServerSettings(api_key="secret"))
+    page = called(app, HERE, method="GET", path="/")
+    assert (page.status, page.headers["content-type"], page.body) == (200, "text/html; charset=utf-8", b"<p>Hi")
+    assert page.headers["content-security-policy"] == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    assert (page.headers["x-content-type-options"], page.headers["referrer-policy"]) == ("nosniff", "no-referrer")
+    script = called(app, HERE, method="GET", path="/page.js")
+    assert (script.status, script.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+    for path in ("/__init__.py", "/notes", "/page/index.html", "/index.html", "/../page.js"):
+        assert called(app, HERE, method="GET", path=path).status == 401
+        assert called(app, {**HERE, "x-api-key": "secret"}, method="GET", path=path).status == 404
+
+
 # What comes back.
 
 

@@ -58,7 +58,7 @@ def check(schema: Any, path: str, method: str, mode: GenerationMode, examples: i
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def answered(case: Any) -> None:
-        case.call_and_validate(checks=CHECKS, headers={"Host": "localhost"})
+        case.call_and_validate(checks=CHECKS, headers={"Host": "localhost"}, timeout=120)
 
     answered()
 

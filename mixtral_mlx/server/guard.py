@@ -64,10 +64,8 @@ class Guard:
                 raise
             await refusal(scope, _shutting_down())(scope, passage.receive, passage.send)
         except Exception as error:
-            if self._log:
-                self._log.complain(
-                    f"error[internal]: {type(error).__name__} at {_place(error)}"
-                )  # No message: it may hold a prompt.
+            if self._log:  # Not with the error's message, which may hold a prompt.
+                self._log.complain(f"error[internal]: {type(error).__name__} at {_place(error)}")
             if passage.status:
                 raise
             await refusal(scope, error)(scope, passage.receive, passage.send)
