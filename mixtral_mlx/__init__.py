@@ -19,6 +19,7 @@
     plan       what runs in how much memory, in words
     chat       the conversation in the terminal, with terminal and markdown for the screen
     page       the chat page that a server gives out
+    server     the engine over HTTP, for programs that speak OpenAI's and Anthropic's APIs
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine

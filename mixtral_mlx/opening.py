@@ -133,7 +133,7 @@ _FOR_ALL_KERNELS = 17
 
 def _fetched(locate: Callable[..., Path], choice: ModelChoice) -> Path:
     if choice.quiet or not sys.stderr.isatty():
-        _silence_downloads()
+        silence_downloads()
     return locate(choice.name, offline=choice.offline)
 
 
@@ -150,7 +150,8 @@ def _say_note(loaded: Loaded, choice: ModelChoice) -> None:
         print(loaded.note, file=sys.stderr, flush=True)
 
 
-def _silence_downloads() -> None:
+def silence_downloads() -> None:
+    """Keep what fetches a model from drawing bars of its own."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
     "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
+    "server": {"__version__", "config", "engine", "opening", "page", "protocol", "terminal"},
     "protocol": {"config", "engine", "generate", "prompt"},
     "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
     "page": set(),

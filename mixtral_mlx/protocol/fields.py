@@ -49,7 +49,7 @@ _EXTENSIONS = _honoured(
     ignore_eos="Ours: go on where the model would end. Default false.",
     kv_bits="Ours: keys and values in 8 or 4 bits. Default: as the engine was loaded.",
     max_kv="Ours: keep keys and values of the latest tokens only, so many. Default: of all.",
-    speculate='Ours: "n-gram" guesses tokens ahead, which changes the speed only. Default: no.',
+    speculate='Ours: "n-gram" guesses tokens ahead from the text, "draft" by a small model; changes the speed only.',
 )
 _OPENAI_SAMPLING = _honoured(
     model='The served model\'s id, its last part, "default" or an alias. Default: the served model.',

@@ -24,7 +24,7 @@ class Extensions(Body):
     ignore_eos: bool | None = None
     kv_bits: Literal[4, 8] | None = None
     max_kv: Annotated[int, Field(ge=8, le=1 << 31)] | None = None
-    speculate: Literal["n-gram"] | None = None
+    speculate: Literal["n-gram", "draft"] | None = None
 
     def extensions(self) -> dict[str, Any]:
         """The settings that were given."""
