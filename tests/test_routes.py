@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from mixtral_mlx import cli
-from mixtral_mlx.chat import ModelChoice, open_model
 from mixtral_mlx.generate import Conversation, Sampling, stream_generate
+from mixtral_mlx.opening import ModelChoice, open_model
 from mixtral_mlx.prompt import Message, Tokenizer
 from mixtral_mlx.routes import commands, page, picture, view
 from mixtral_mlx.routes.report import MEASURED, Figures, Report, Token, by_chance, figures, table

@@ -17,6 +17,7 @@ from ..borrowed import RotatingKVCache
 from ..generate import Clock, Sampled, Sampler, Step, Text, Usage, end_tokens, new_caches
 from . import request as events
 from .batch import Part
+from .drafting import Drafting, DraftModel
 from .drafts import PassSeconds, Speculation
 from .frozen import Kind
 from .reply import Channel
@@ -62,6 +63,7 @@ class Answering:
         self._queued_seconds = 0.0
         self._clock: Clock | None = None
         self._draft: list[int] = []
+        self._speculation: Speculation | Drafting | None = None
         self._shown = 0
         self._hidden = np.zeros(1)
 
@@ -97,7 +99,7 @@ class Answering:
         most = len(self.request.prompt) + self.limit
         return min(most, self.request.max_kv + WINDOW_CHUNK_TOKENS) if self.request.max_kv else most
 
-    def start(self, model: Model, tokenizer: Tokenizer) -> None:
+    def start(self, model: Model, tokenizer: Tokenizer, draft: DraftModel | None) -> None:
         """Make ready what generating needs; raises what compiling its grammar did."""
         request, ends = self.request, end_tokens(model, tokenizer)
         sampling = request.sampling
@@ -110,7 +112,7 @@ class Answering:
         )
         self._ends = sorted(ends)
         self._text = Text(tokenizer, request.prompt, sampling, self.limit, ends)
-        self._speculation = Speculation(self.tokens, self._passes) if request.speculate else None
+        self._speculation = self._speculating(draft)
         self._calls: ToolCallStream | None = None
         self._queued_seconds = time.perf_counter() - self._asked_at
         self.has_started = True
@@ -125,9 +127,26 @@ class Answering:
             if self.request.echo:
                 self.channel.put(events.Text(self.request.echo))
 
+    def _speculating(self, draft: DraftModel | None) -> Speculation | Drafting | None:
+        if self.request.speculate == "draft":
+            assert draft
+            return Drafting(draft, self.tokens, self._passes)
+        return Speculation(self.tokens, self._passes) if self.request.speculate else None
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """Its share of the draft model, if it uses that."""
+        return self._speculation if isinstance(self._speculation, Drafting) else None
+
     def pause(self) -> None:
         """Give up the cache; the tokens are read again when there is room."""
         self.cache, self.read = [], 0
+        if self.drafting:
+            self.drafting.let_go()
+
+    def let_go(self) -> None:
+        """Hold on to nothing of the model's any more: what has ended may be kept for as long as its reader likes."""
+        self.cache, self._speculation = [], None
 
     # What goes into a pass.
 
@@ -160,14 +179,28 @@ class Answering:
             guess = self._speculation.draft(min(most, most_drafted), other_rows)
         return guess[: self._matcher.valid(guess)] if guess and self._matcher else guess
 
+    def to_run_ahead(self, chosen: Sequence[Sampled]) -> Part | None:
+        """The token of `chosen`, which nobody has seen yet, for the pass after that; None where it has to be seen."""
+        seen = (
+            self.is_reading
+            or self.request.max_kv  # A window that has turned cannot take it back.
+            or self._matcher
+            or self._speculation
+            or self._sampler.processors
+            or self.limit - self.place < 2
+        )
+        return None if seen or len(chosen) != 1 else Part(chosen[0][0], self.cache, 1)
+
     # What comes of it.
 
-    def results(self, part: Part, rows: mx.array) -> list[Sampled]:
-        """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet."""
+    def results(self, part: Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
+        """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet.
+
+        `ahead` is how many tokens before `part` nobody has seen yet."""
         if not len(rows):
             return []
         if not self.is_reading:
-            return self.sample(rows)
+            return self.sample(rows, ahead)
         if self.request.purpose == "embed":
             return [(rows.astype(mx.float32).sum(axis=0),)]
         end = self.read + len(part.ids)
@@ -192,10 +225,10 @@ class Answering:
                 self.channel.put(Embedding(tuple((self._hidden / len(self.tokens)).tolist())))
             self.finish("stop")
 
-    def sample(self, logits: mx.array) -> list[Sampled]:
+    def sample(self, logits: mx.array, ahead: int = 0) -> list[Sampled]:
         """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""
         return [
-            self._sampler.sample(logits[n : n + 1], self.place + n, self._before(n), allowed)
+            self._sampler.sample(logits[n : n + 1], self.place + ahead + n, self._before(n), allowed)
             for n, allowed in enumerate(self._allowed())
         ]
 
@@ -253,7 +286,8 @@ class Answering:
                 text, reason = text + self._text.rest(), "stop"
         self.channel.put(Token(self._apart(text, bool(reason)), step.token, step.logprob, step.top_logprobs))
         if reason:
-            self.finish("tool_calls" if reason == "stop" and self._calls and self._calls.calls else reason)
+            called = reason == "stop" and self._calls and self._calls.calls
+            self.finish("tool_calls" if called else reason, self._text.stops.hit)
         return reason is None
 
     def _apart(self, text: str, last: bool) -> str:
@@ -272,10 +306,10 @@ class Answering:
 
     # How it ends.
 
-    def finish(self, reason: str) -> None:
-        """Say that it has ended."""
+    def finish(self, reason: str, stop_text: str = "") -> None:
+        """Say that it has ended, and with which stop string, if with one."""
         self.finished = True
-        self.channel.put(Done(reason, self.usage(), self._queued_seconds))
+        self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text))
 
     def cancel(self) -> None:
         """End it as its reader asked, with the text that was held back."""

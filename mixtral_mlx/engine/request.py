@@ -41,7 +41,8 @@ class Request:
     """A prompt of ids and how it is to be continued, or for another `purpose` scored or embedded.
 
     `kv_bits` (8 or 4) quantizes its keys and values; `max_kv` keeps those of its first 4 tokens and of the latest, so
-    many together. `speculate` guesses tokens ahead, which changes the speed only. `response_format` is what the text
+    many together. `speculate` guesses tokens ahead, from the text so far or with a draft model, which changes the speed
+    only. `response_format` is what the text
     must be, `rules` are those for the tools it may call. `echo` is text to come before the answer's own. To score is to
     give the log probabilities of the prompt's tokens from `scored_from` on."""
 
@@ -49,7 +50,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     kv_bits: int | None = None
     max_kv: int | None = None
-    speculate: Literal["n-gram"] | None = None
+    speculate: Literal["n-gram", "draft"] | None = None
     response_format: Format | None = None
     rules: ToolRules = field(default_factory=ToolRules)
     echo: str = ""
@@ -110,11 +111,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Done:
-    """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled"."""
+    """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled".
+
+    `stop_text` is the stop string, if one ended it."""
 
     finish_reason: str
     usage: Usage
     queued_seconds: float = 0.0
+    stop_text: str = ""
 
 
 Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Done
@@ -134,6 +138,7 @@ class Result:
     queued_seconds: float
     scores: Scores
     embedding: tuple[float, ...]
+    stop_text: str = ""
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Result:
@@ -152,6 +157,7 @@ class Result:
             queued_seconds=done.queued_seconds,
             scores=_joined([event for event in events if isinstance(event, Scores)]),
             embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
+            stop_text=done.stop_text,
         )
 
 

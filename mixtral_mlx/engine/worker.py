@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from ..memory import Relief
     from ..prompt import Tokenizer
     from ..weights import Loaded
+    from .drafting import DraftModel
     from .drafts import PassSeconds
     from .prefixes import Prefixes
-    from .routing import Watch
+    from .routing import Watch, Watched
 
 T = TypeVar("T")
 _CLEAR_CACHE_EVERY = 256
@@ -38,6 +39,8 @@ _GROWTH_TOKENS = 256  # Caches grow by so many tokens, as mlx-lm's do.
 _WORTH_WAITING_FOR = 64
 """Tokens that two prompts must have in common for one to wait until they have been read for the other."""
 _MOST_DRAFT_ROWS = 64
+_DRAFT_CHUNK_TOKENS = 128
+"""What the draft model reads of a prompt in a step that others wait for; it is many times as fast as the model."""
 _WRITE_WITHIN_S = 2.0
 
 
@@ -81,6 +84,17 @@ class Opened:
     kv_bytes: int
     chunk_tokens: int
     all_kv_bytes: int
+    draft: DraftModel | None = None
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A pass under way since `begun`: who is in it with what, what will come of each, and what was noted of it."""
+
+    group: Sequence[tuple[Answering, batch.Part]]
+    results: Sequence[list[Sampled]]
+    watched: Watched
+    begun: float
 
 
 class Worker:
@@ -115,6 +129,8 @@ class Worker:
         self._calls_between: deque[tuple[Callable[[], object], list[Answering]]] = deque()
         self._closing = False
         self._running: list[Answering] = []
+        self._ahead: _Launched | None = None
+        self._last_pass_end = 0.0
         self._turn = 0
         self._footprints: dict[int | None, Footprint] = {}
         self._thread_id: int | None = None
@@ -264,8 +280,13 @@ class Worker:
             self._calls_between.popleft()[0]()
         self._admit()
         self._make_room()
+        if self._ahead:
+            self._finish(self._ahead)
+            return
+        self._read_with_draft()
         for group in self._groups():
-            self._pass(group)
+            if launched := self._launch(group):
+                self._finish(launched)
 
     def _open(self) -> Opened:
         if self._closing:
@@ -330,8 +351,10 @@ class Worker:
             if not self._take_from_queue(answering):
                 return True
             if not answering.has_started:
-                answering.start(opened.loaded.model, self._tokenizer)
+                answering.start(opened.loaded.model, self._tokenizer, opened.draft)
             answering.begin_reading(opened.loaded.model, self._found(answering, opened))
+            if drafting := answering.drafting:
+                drafting.resume(self._prefixes.find(drafting.model.kind, drafting.tokens))
             self.counts.cached_tokens += answering.read
         except BaseException as error:
             self._take_from_queue(answering)
@@ -374,7 +397,9 @@ class Worker:
         bits, loaded = answering.request.kv_bits, self.opened.loaded
         if bits not in self._footprints:
             self._footprints[bits] = Footprint.of(loaded.config, loaded.dtype, bits)
-        return self._footprints[bits].kv_bytes(min(tokens, answering.most_tokens))
+        tokens = min(tokens, answering.most_tokens)
+        draft = self.opened.draft if answering.request.speculate == "draft" else None
+        return self._footprints[bits].kv_bytes(tokens) + (draft.kv_bytes(tokens) if draft else 0)
 
     def _make_room(self) -> None:
         """Give up what is kept for later, then the youngest sequences' caches, until the next pass fits."""
@@ -426,6 +451,21 @@ class Worker:
             parts.append((answering, part))
         return parts
 
+    def _read_with_draft(self) -> None:
+        """Let the draft model read on in one prompt, unless others wait for theirs to be read."""
+        behind = [a for a in self._running if a.drafting and a.drafting.is_behind]
+        if not behind or any(a.is_reading for a in self._running if a is not behind[0]) or self._waits_for_room:
+            return
+        assert self.opened
+        assert behind[0].drafting
+        alone = len(self._running) == 1
+        behind[0].drafting.read_on(self.opened.chunk_tokens if alone else _DRAFT_CHUNK_TOKENS)
+
+    @property
+    def _waits_for_room(self) -> bool:
+        with self._changed:
+            return any(answering.is_ready for answering in self._waiting)
+
     def _in_turn(self, reading: Sequence[Answering]) -> list[Answering]:
         self._turn += 1
         first = self._turn % len(reading) if reading else 0
@@ -433,24 +473,59 @@ class Worker:
 
     # A pass.
 
-    def _pass(self, group: Sequence[tuple[Answering, batch.Part]]) -> None:
+    def _launch(self, group: Sequence[tuple[Answering, batch.Part]]) -> _Launched | None:
+        """Describe a pass to MLX; None where that already failed."""
         assert self.opened
         begun = time.perf_counter()
         try:
             logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
-            results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
-            mx.eval(results, watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
+        except BaseException as error:
+            self._break_off([answering for answering, _ in group], error)
+            return None
+        results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
+        return _Launched(group, results, watched, begun)
+
+    def _finish(self, launched: _Launched) -> None:
+        """Wait for a pass and hand out what came of it, the next one under way meanwhile where that is possible."""
+        group, results = launched.group, launched.results
+        self._ahead = None
+        try:
+            following = self._launch_ahead(launched)
+            mx.eval(
+                results, launched.watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache]
+            )
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
-        self._account(group, time.perf_counter() - begun)
-        self._watch.add(watched)
+        self._account(launched)
+        self._watch.add(launched.watched)
         for (answering, part), some in zip(group, results, strict=True):
             self._hand_out(answering, part, some)
+        if following and any(not answering.finished for answering, _ in following.group):
+            self._ahead = following
 
-    def _results(self, answering: Answering, part: batch.Part, rows: mx.array) -> list[Sampled]:
+    def _launch_ahead(self, launched: _Launched) -> _Launched | None:
+        """The pass after `launched`, begun before anybody has seen the tokens that go into it."""
+        assert self.opened
+        if not self.opened.loaded.model.runs_ahead or self.limits.deterministic:
+            return None
+        if len(self._running) > len(launched.group):
+            return None  # Somebody has come, and is to be in the next pass.
+        group = [
+            (answering, part)
+            for (answering, _), results in zip(launched.group, launched.results, strict=True)
+            if (part := answering.to_run_ahead(results)) and not answering.finished
+        ]
+        if len(group) < len(launched.group):
+            return None  # What the others need has to be seen first.
+        logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
+        results = [self._results(a, part, rows, ahead=1) for (a, part), rows in zip(group, logits, strict=True)]
+        mx.async_eval(results, watched.arrays)
+        return _Launched(group, results, watched, time.perf_counter())
+
+    def _results(self, answering: Answering, part: batch.Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
         try:
-            return answering.results(part, rows)
+            return answering.results(part, rows, ahead)
         except Exception as error:  # A grammar's or a sampler's: this request's alone.
             self._end(answering, error)
             return []
@@ -478,7 +553,10 @@ class Worker:
         if any(_begin_alike(answering, other) for other in waiting):
             self._keep(answering)
 
-    def _account(self, group: Sequence[tuple[Answering, batch.Part]], seconds: float) -> None:
+    def _account(self, launched: _Launched) -> None:
+        group, now = launched.group, time.perf_counter()
+        seconds = now - max(launched.begun, self._last_pass_end)
+        self._last_pass_end = now
         read = sum(len(part.ids) for answering, part in group if answering.is_reading)
         self.counts.prompt_tokens += read
         self.counts.passes += 1
@@ -497,9 +575,10 @@ class Worker:
         self.counts.cancelled += answering.channel.is_cancelled
         try:
             self._keep(answering)
+            self._keep_of_draft(answering)
         except (RuntimeError, MemoryError):  # No room for what only saves time.
             self._prefixes.clear()
-        answering.cache = []
+        answering.let_go()
 
     def _keep(self, answering: Answering) -> None:
         assert self.opened
@@ -508,17 +587,24 @@ class Worker:
             # What was decoded has other bits than what is read; of a prompt whole chunks are the same for everybody.
             prompt = min(answering.read, len(answering.request.prompt) - 1)
             tokens = tokens[: prompt // self.opened.chunk_tokens * self.opened.chunk_tokens]
-        if tokens := tokens[: self._tokens_to_spare(answering)]:
+        if tokens := tokens[: self._tokens_to_spare(answering, answering.cache, answering.read)]:
             self._prefixes.keep(answering.kind, tokens, answering.cache)
 
-    def _tokens_to_spare(self, answering: Answering) -> int:
-        """How many of its tokens can be copied: while that is done, they are in memory twice."""
+    def _keep_of_draft(self, answering: Answering) -> None:
+        answering.cache = []
+        if (drafting := answering.drafting) and drafting.read:
+            drafting.forget_guesses()
+            if tokens := drafting.tokens[: self._tokens_to_spare(answering, drafting.cache, drafting.read)]:
+                self._prefixes.keep(drafting.model.kind, tokens, drafting.cache)
+
+    def _tokens_to_spare(self, answering: Answering, cache: Sequence[Any], read: int) -> int:
+        """How many of the tokens read into its cache can be copied: while that is done, they are in memory twice."""
         assert self.opened
-        held = sum(layer.nbytes for layer in answering.cache)
+        held = sum(layer.nbytes for layer in cache)
         others = sum(self._reserved(other) for other in self._running if other is not answering)
         spare = self.opened.kv_bytes + self.opened.loaded.plan.parts["working memory"] - others - held
-        fitting = min(spare, held) * answering.read // max(held, 1)
-        self._prefixes.shrink_to(spare - fitting * held // max(answering.read, 1))
+        fitting = min(spare, held) * read // max(held, 1)
+        self._prefixes.shrink_to(spare - fitting * held // max(read, 1))
         return max(fitting, 0)
 
     def _end(self, answering: Answering, error: BaseException) -> None:
@@ -528,9 +614,10 @@ class Worker:
         if answering in self._running:
             self._running.remove(answering)
         answering.fail(coded(error))
-        answering.cache = []
+        answering.let_go()
 
     def _break_off(self, those: Sequence[Answering], error: BaseException) -> None:
+        self._ahead = None
         for answering in list(those):
             if not answering.finished:
                 self._end(answering, error)
