@@ -53,8 +53,9 @@ def wired(choice: ModelChoice) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plain:
-    """A model for the plain path, on this thread, with its tokenizer and one running cache."""
+    """A model for the plain path, on this thread, with what people call it, its tokenizer and one running cache."""
 
+    name: str
     loaded: Loaded
     tokenizer: Tokenizer
     conversation: Conversation
@@ -85,6 +86,7 @@ def open_model(choice: ModelChoice) -> Plain:
     _say_note(loaded, choice)
     plan = loaded.plan
     return Plain(
+        _shown_name(choice, is_demo=folder == locate(None)),
         loaded,
         tokenizer,
         Conversation(loaded.model, kv_bits=choice.kv_bits, context=plan.context, chunk_tokens=plan.chunk_tokens),
@@ -116,7 +118,8 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
             cancelled=stopped,
             **options,
         )
-    ready = Ready(shown_name(choice, folder), engine, folder == locate(None))
+    is_demo = folder == locate(None)
+    ready = Ready(_shown_name(choice, is_demo=is_demo), engine, is_demo)
     if cpu.is_available() and cpu.has_to_compile(ready.loaded.model):
         with _compiling(choice):
             engine.complete([1] * _FOR_ALL_KERNELS, max_tokens=2).result()
@@ -153,14 +156,11 @@ def _silence_downloads() -> None:
     disable_progress_bars()
 
 
-def shown_name(choice: ModelChoice, folder: Path) -> str:
-    """What a model is called on a screen, when it is in `folder`."""
-    from .weights import locate
-
-    name = choice.name or ""
-    if folder == locate(None):
+def _shown_name(choice: ModelChoice, *, is_demo: bool) -> str:
+    if is_demo:
         return "the demo model"
-    return folder.resolve().name if Path(name).expanduser().is_dir() else name
+    path = Path(choice.name or "").expanduser()
+    return path.resolve().name if path.is_dir() else choice.name or ""
 
 
 def _left_beside(held: int, budget: int) -> int:

@@ -158,8 +158,8 @@ class Tokenizer:
         return ""
 
     def piece(self, token: int) -> str:
-        """A token as the vocabulary writes it, also where it is no text."""
-        return self._pieces.id_to_piece(token) if 0 <= token < self.vocab_size else f"<{token}>"
+        """A token as its vocabulary writes it: `▁the`, `[INST]`, `<0x0A>` for a byte; its number if it has no name."""
+        return str(self._pieces.id_to_piece(token)) if 0 <= token < self.vocab_size else f"<{token}>"
 
     def _is_control(self, token: int) -> bool:
         return 0 <= token < self.vocab_size and bool(self._pieces.is_control(token))

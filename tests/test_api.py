@@ -27,9 +27,9 @@ LAYERS: dict[str, set[str]] = {
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
-    "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
     "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
     "protocol": {"config", "engine", "generate", "prompt"},
+    "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
 }
 
 

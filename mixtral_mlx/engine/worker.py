@@ -89,7 +89,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A pass under way since `begun`: who is in it with what, what will come of each, and what was noted of it."""
+    """A pass under way since `begun`: who is in it with what, and what will come of each."""
 
     group: Sequence[tuple[Answering, batch.Part]]
     results: Sequence[list[Sampled]]
@@ -487,18 +487,16 @@ class Worker:
 
     def _finish(self, launched: _Launched) -> None:
         """Wait for a pass and hand out what came of it, the next one under way meanwhile where that is possible."""
-        group, results = launched.group, launched.results
+        group, results, watched = launched.group, launched.results, launched.watched
         self._ahead = None
         try:
             following = self._launch_ahead(launched)
-            mx.eval(
-                results, launched.watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache]
-            )
+            mx.eval(results, watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
         self._account(launched)
-        self._watch.add(launched.watched)
+        self._watch.add(watched)
         for (answering, part), some in zip(group, results, strict=True):
             self._hand_out(answering, part, some)
         if following and any(not answering.finished for answering, _ in following.group):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import MixtralError
-from ..opening import LONG_PROMPT, ModelChoice, Plain, open_model, shown_name, wired
+from ..opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
 from ..prompt import Message
 from ..session import mlx_failures
 from ..terminal import Bar, CtrlC
@@ -72,19 +72,19 @@ def drawn(report: Report, kind: str) -> bytes:
     return html(report).encode()
 
 
-def _run(request: Request, plain: Plain) -> Report:
+def _run(request: Request, ready: Plain) -> Report:
     """Read the prompt, answer it, and say what every token was given."""
-    prompt = _prompt_ids(request, plain.tokenizer)
-    chunks, choices = _followed(request, plain, prompt)
+    prompt = _prompt_ids(request, ready.tokenizer)
+    chunks, choices = _followed(request, ready, prompt)
     # The last token is said and not read; where the model runs ahead, a step has begun with it all the same.
     ids = [*prompt, *[chunk.token for chunk in chunks if chunk.token is not None][:-1]]
     choices = choices[: len(ids)]
-    piece = plain.tokenizer.piece
+    piece = ready.tokenizer.piece
     return Report(
-        model=shown_name(request.choice, plain.loaded.folder),
-        dtype=plain.loaded.dtype,
-        mode=plain.loaded.plan.mode,
-        experts=plain.loaded.config.num_local_experts,
+        model=ready.name,
+        dtype=ready.loaded.dtype,
+        mode=ready.loaded.plan.mode,
+        experts=ready.loaded.config.num_local_experts,
         tokens=tuple(Token(ids[n], piece(ids[n]), n >= len(prompt)) for n in range(len(choices))),
         choices=choices,
         text="".join(chunk.text for chunk in chunks),
@@ -99,7 +99,7 @@ def _prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat([*system, Message("user", request.text)])
 
 
-def _followed(request: Request, plain: Plain, prompt: list[int]) -> tuple[list[Chunk], Choices]:
+def _followed(request: Request, ready: Plain, prompt: list[int]) -> tuple[list[Chunk], Choices]:
     """The answer, and what was chosen for each token that was read."""
     import mlx.core as mx
 
@@ -111,7 +111,7 @@ def _followed(request: Request, plain: Plain, prompt: list[int]) -> tuple[list[C
         mlx_failures(),
         CtrlC() as stopped,
         Bar("Reading the prompt", quiet=request.choice.quiet, at_least=LONG_PROMPT) as bar,
-        recorded(plain.loaded.model) as recorder,
+        recorded(ready.loaded.model) as recorder,
     ):
 
         def collect() -> None:
@@ -126,11 +126,11 @@ def _followed(request: Request, plain: Plain, prompt: list[int]) -> tuple[list[C
 
         chunks = []
         for chunk in stream_generate(
-            plain.loaded.model,
-            plain.tokenizer,
+            ready.loaded.model,
+            ready.tokenizer,
             prompt,
             Sampling(**request.settings),
-            conversation=plain.conversation,
+            conversation=ready.conversation,
             on_prompt=on_prompt,
             cancelled=stopped,
         ):
