@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mixtral_mlx import cpu
+from mixtral_mlx.engine.batch import Part
 from mixtral_mlx.engine.engine import Engine, load
+from mixtral_mlx.engine.grammar import Format
 from mixtral_mlx.engine.request import EngineError
 from mixtral_mlx.engine.routing import Routing, Watch, Watched
 from mixtral_mlx.generate import new_caches
@@ -166,9 +168,13 @@ def test_choices_are_counted_by_layer_and_expert() -> None:
 # In the engine.
 
 
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
-    with load(folder) as engine:
+@pytest.fixture(params=["MLX's", "our kernels"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    """By MLX alone it launches each pass before it has seen the results of the one before."""
+    ours = request.param == "our kernels"
+    if ours and not cpu.is_available():
+        pytest.skip("there is a GPU, or no numba")
+    with patch.object(cpu, "is_available", lambda: ours), load(folder) as engine:
         yield engine
 
 
@@ -239,13 +245,34 @@ def _greatest(logits: np.ndarray) -> Choices:
     return Choices(order, np.take_along_axis(logits, order, -1))
 
 
-def test_the_latest_token_is_none_that_was_only_guessed(engine: Engine, plain: Model) -> None:
-    engine.watch_routing()
-    prompt = words(6) * 5  # A text that repeats itself is guessed on.
-    tokens = engine.complete(prompt, max_tokens=12, ignore_eos=True, speculate="n-gram").result().tokens
-    logits = router_logits(plain, [*prompt, *tokens])
-    read = {tuple(map(tuple, token)) for token in _greatest(logits[len(prompt) - 1 :]).experts.tolist()}
-    assert engine.routing().last in read
+def test_the_latest_token_is_none_that_was_only_guessed(plain: Model) -> None:
+    watch, ids = Watch(CONFIG), words(9)
+    watch.look(3600)
+    decoded = Part(ids[:7], new_caches(CONFIG, None), 3, guesses=2)
+    read = Part(ids, new_caches(CONFIG, None), 0)
+    logits, watched = watch.run(plain, [decoded, read])
+    mx.eval(logits, watched.arrays)
+    watch.add(watched)
+    expected = np.argsort(-router_logits(plain, ids[:7]), axis=-1)[..., :PER_TOKEN].tolist()
+    assert watch.now().last == tuple(map(tuple, expected[4]))
+    assert expected[4] not in (expected[5], expected[6])
+    assert watch.now().tokens == 7 + 9
+
+
+def test_guesses_are_counted_as_what_they_are(engine: Engine) -> None:
+    seen: list[Part] = []
+    run = engine._watch.run
+
+    def watched_run(model: Model, parts: Sequence[Part]) -> Any:
+        seen.extend(parts)
+        return run(model, parts)
+
+    engine._watch.run = watched_run  # type: ignore[method-assign]
+    either = Format("choice", ["first", "second"])
+    engine.complete(words(6) * 5, max_tokens=12, ignore_eos=True, speculate="n-gram").result()
+    engine.chat("Which?", max_tokens=12, response_format=either).result()
+    assert any(part.guesses for part in seen)
+    assert all(len(part.ids) == 1 + part.guesses == part.wanted for part in seen if part.guesses)
 
 
 def test_routing_goes_on_after_the_model_was_let_go_of(engine: Engine) -> None:
