@@ -284,9 +284,10 @@ class MessagesCall(Call):
         """Why it ended."""
         if reason == "length" and usage.completion_tokens < self.max_tokens:
             reason = "context"
+        if reason == "stop" and stop_text:
+            return {"stop_reason": "stop_sequence", "stop_sequence": stop_text}
         names = {"stop": "end_turn", "tool_calls": "tool_use", "context": "model_context_window_exceeded"}
-        named = "stop_sequence" if stop_text else names.get(reason, "max_tokens")
-        return {"stop_reason": named, "stop_sequence": stop_text or None}
+        return {"stop_reason": names.get(reason, "max_tokens"), "stop_sequence": None}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

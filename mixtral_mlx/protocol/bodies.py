@@ -43,7 +43,7 @@ def check_json(body: object) -> None:
     while waiting:
         value, where = waiting.pop()
         if len(where) > _DEEPEST:
-            raise Refused(f"The body is nested more than {_DEEPEST} deep.", code="too_deep", param=str(where[0]))
+            raise Refused(f"The body is nested more than {_DEEPEST} deep.", code="too_deep", param=dotted(where[:1]))
         if isinstance(value, dict):
             for key in value:
                 _check_text(key, where)
