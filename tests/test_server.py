@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from starlette.routing import Route
 
+from mixtral_mlx import page
 from mixtral_mlx.cli import main
 from mixtral_mlx.config import MixtralError
 from mixtral_mlx.engine.engine import Engine, load
@@ -433,27 +434,32 @@ def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> No
     assert called(app, HERE, method="GET", path="/nothing").status == 401  # Nor is it said what there is.
 
 
-def test_the_page_is_served_without_the_key_and_may_run_nothing_but_its_own(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "page"
-    folder.mkdir()
-    for name, text in (("index.html", "<p>Hi"), ("page.js", "run()"), ("__init__.py", "mine"), ("notes", "mine")):
-        (folder / name).write_text(text)
-    monkeypatch.setattr("mixtral_mlx.server.app.files", lambda package: tmp_path)
+def test_the_page_is_served_without_the_key_and_may_run_nothing_but_its_own(engine: Engine) -> None:
     app = create_app(engine, ServerSettings(api_key="secret"))
-    page = called(app, HERE, method="GET", path="/")
-    assert (page.status, page.headers["content-type"], page.body) == (200, "text/html; charset=utf-8", b"<p>Hi")
-    assert page.headers["content-security-policy"] == (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    assert (page.headers["x-content-type-options"], page.headers["referrer-policy"]) == ("nosniff", "no-referrer")
+    answer = called(app, HERE, method="GET", path="/")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert answer.body == (page.FOLDER / "index.html").read_bytes()
+    assert answer.headers["content-security-policy"] == page.CONTENT_SECURITY_POLICY
+    assert page.CONTENT_SECURITY_POLICY.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+    assert (answer.headers["x-content-type-options"], answer.headers["referrer-policy"]) == ("nosniff", "no-referrer")
     script = called(app, HERE, method="GET", path="/page.js")
     assert (script.status, script.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
     for path in ("/__init__.py", "/notes", "/page/index.html", "/index.html", "/../page.js"):
         assert called(app, HERE, method="GET", path=path).status == 401
         assert called(app, {**HERE, "x-api-key": "secret"}, method="GET", path=path).status == 404
+
+
+def test_choices_of_experts_are_counted_while_somebody_asks_for_them(engine: Engine) -> None:
+    app = create_app(engine)
+    engine.reset_routing()
+    assert called(app, HERE, method="GET", path="/routing").json["tokens"] == 0
+    result = engine.complete([1, 22557, 1526], max_tokens=2, ignore_eos=True).result()
+    said = called(app, HERE, method="GET", path="/routing").json
+    layers, experts = engine.config.num_hidden_layers, engine.config.num_local_experts
+    assert (said["layers"], said["experts"], len(said["last"])) == (layers, experts, layers)
+    read = result.usage.prompt_tokens - result.usage.cached_tokens + result.usage.completion_tokens - 1
+    assert said["tokens"] == read > 0
+    assert [sum(layer) for layer in said["counts"]] == [read * engine.config.num_experts_per_tok] * layers
 
 
 # What comes back.
