@@ -15,6 +15,7 @@
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words
     chat       the conversation in the terminal, with terminal and markdown for the screen
+    helper     the engine as an app's child process: JSON lines on stdin and stdout
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine

@@ -94,7 +94,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("serve", "helper", "routes")
+_LATER_COMMANDS = ("serve", "routes")
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
@@ -103,6 +103,7 @@ _EPILOG = """commands:
   verify       check that a converted folder is as it was written
   perplexity   measure how well a model predicts a text
   bench        measure how fast a model runs here, next to mlx-lm
+  helper       answer an app that started this, in JSON lines on stdin and stdout
 
 `mixtral-mlx COMMAND --help` says more."""
 
@@ -743,6 +744,72 @@ def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+# helper
+
+_HELPER = """Be an app's child process: JSON lines come on stdin and go on stdout, logs go to stderr. Messages are in
+mixtral_mlx/helper/helper.schema.json, and how to live with it in docs/EMBEDDING.md.
+
+Ends within 3 s when stdin ends, when the parent has gone, at SIGTERM, or when asked to. Exit codes: 0 it ended as it
+should, 1 it failed, 2 wrong usage."""
+_HELPER_EPILOG = """example:
+  echo '{"type":"stats","id":"1"}' | mixtral-mlx helper"""
+
+
+def _helper(arguments: list[str]) -> int:
+    parser = _Parser("mixtral-mlx helper", description=_HELPER, epilog=_HELPER_EPILOG)
+    parser.add_argument(
+        "--parent-pid", type=_count(2), metavar="N", help="end with this process (the one that started the command)"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="also serve the HTTP API, on a port and with a key of its own"
+    )
+    parser.add_argument(
+        "--log",
+        type=_one_of("debug", "info", "warning"),
+        default="warning",
+        metavar="L",
+        help="debug, info or warning (warning)",
+    )
+    _add_model(parser, "none: wait for a message")
+    _add_engine(parser)
+    parsed = parser.parse(arguments)
+    if parsed.serve:
+        raise UsageError(
+            f"--serve is not part of mixtral-mlx {__version__}.", code="not_available", hint="Leave it out."
+        )
+    from .helper.helper import Options, run
+
+    model = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
+    loading = {name: getattr(parsed, name) for name in _LOADING if getattr(parsed, name) is not None}
+    with wired(ModelChoice(memory_bytes=parsed.memory, wired=parsed.wired, quiet=True)):
+        run(Options(model, loading, parsed.parent_pid, parsed.log))
+
+
+_LOADING = (
+    *("memory", "context", "dtype", "kv_bits", "offline", "adapter", "prefix_memory", "cache_dir", "cache_size"),
+    *("max_concurrent", "max_queue", "idle_unload_s", "deterministic"),
+)
+"""What of a command line `load` takes."""
+
+
+def _add_engine(parser: _Parser) -> None:
+    group = parser.add_argument_group("how requests share it")
+    group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter in mlx-lm's format")
+    group.add_argument("--max-concurrent", type=_count(1), metavar="N", help="requests answered at once (16)")
+    group.add_argument("--max-queue", type=_count(1), metavar="N", help="requests that may wait (64)")
+    group.add_argument(
+        "--prefix-memory", type=_size, metavar="SIZE", help="most that is kept of earlier prompts (what is left)"
+    )
+    group.add_argument("--cache-dir", metavar="FOLDER", help="keep prompts over restarts here")
+    group.add_argument("--cache-size", type=_size, metavar="SIZE", help="most that is kept there (10GB)")
+    group.add_argument(
+        "--idle-unload", type=_count(0), dest="idle_unload_s", metavar="S", help="let the model go after S idle seconds"
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", default=None, help="the same bits whatever else is answered; slower"
+    )
+
+
 def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -764,4 +831,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "perplexity": _perplexity,
     "bench": _bench,
     "plan": _plan,
+    "helper": _helper,
 }
