@@ -747,7 +747,7 @@ def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 # helper
 
 _HELPER = """Be an app's child process: JSON lines come on stdin and go on stdout, logs go to stderr. Messages are in
-mixtral_mlx/helper/helper.schema.json, and how to live with it in docs/EMBEDDING.md.
+mixtral_mlx/helper/schema.json, and how to live with it in docs/EMBEDDING.md.
 
 Ends within 3 s when stdin ends, when the parent has gone, at SIGTERM, or when asked to. Exit codes: 0 it ended as it
 should, 1 it failed, 2 wrong usage."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from .. import __version__
 from ..config import MixtralError
@@ -224,7 +224,11 @@ class Helper:
     def say(self, message: m.Outgoing) -> None:
         """Send what is only progress, from any thread: where the parent does not read it is left out."""
         with suppress(RuntimeError):  # The loop is closed.
-            self._loop.call_soon_threadsafe(lambda: self._writer.is_full or self._put(message))
+            self._loop.call_soon_threadsafe(self._put_if_room, message)
+
+    def _put_if_room(self, message: m.Outgoing) -> None:
+        if not self._writer.is_full:
+            self._put(message)
 
     def _put(self, message: m.Outgoing) -> None:
         _log.debug("A message %s goes.", message.type)
@@ -267,8 +271,8 @@ class Helper:
             case m.Unload():
                 await self._do_unload()
             case m.MemoryPressure():
-                if self._engine:
-                    await self._in_thread(lambda engine=self._engine: engine.relieve(message.level))
+                if engine := self._engine:
+                    await self._in_thread(lambda: engine.relieve(message.level))
             case m.GetStats():
                 return self._stats(message.id)
             case m.Shutdown():
@@ -326,13 +330,13 @@ class Helper:
             await asyncio.sleep(_WATCH_EVERY_S)
             if self._engine and (state := self._engine.health().state) != self._state:
                 self._state = state
-                await self._send(m.State(state=state))
+                await self._send(m.State(state=cast(m.ModelState, state)))
 
     def _stats(self, request_id: str) -> m.Stats:
         engine, health = self._engine, self._engine.health() if self._engine else None
         return m.Stats(
             id=request_id,
-            state="loading" if self._load else health.state if health else "no_model",
+            state="loading" if self._load else cast(m.ModelState, health.state) if health else "no_model",
             running=health.running if health else 0,
             queued=health.queued if health else 0,
             process_bytes=rss_bytes(),
@@ -361,7 +365,7 @@ class Helper:
         results = [reply.result() for reply in replies]
         return m.Done(
             id=message.id,
-            finish_reasons=[result.finish_reason for result in results],
+            finish_reasons=[cast(m.FinishReason, result.finish_reason) for result in results],
             usage=m.Usage(
                 prompt_tokens=results[0].usage.prompt_tokens,
                 completion_tokens=sum(result.usage.completion_tokens for result in results),

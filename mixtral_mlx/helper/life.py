@@ -21,7 +21,7 @@ class Parent:
         self._first = os.getppid()
         self._is_direct = pid in (None, self._first)
         self._pid = pid or self._first
-        self._watched = None if self._is_direct else _watched(self._pid)
+        self._watched = None if self._is_direct else end_of(self._pid)
 
     def is_gone(self) -> bool:
         """Whether it has ended. A direct parent has when another took its place, also while nobody has reaped it."""
@@ -32,7 +32,7 @@ class Parent:
         return bool(select.select([self._watched], [], [], 0)[0])
 
 
-def _watched(pid: int) -> int | None:
+def end_of(pid: int) -> int | None:
     """A descriptor that becomes readable when the process ends; None where there is none such, or no such process."""
     with suppress(OSError):
         if hasattr(os, "pidfd_open"):

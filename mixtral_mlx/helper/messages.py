@@ -108,6 +108,8 @@ Incoming = Load | Chat | Cancel | Unload | MemoryPressure | GetStats | Shutdown
 # To the app.
 
 Reason = Literal["shutdown", "stdin_closed", "parent_gone", "signal"]
+ModelState = Literal["unloaded", "loading", "ready", "failed", "closed"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 class Hello(Message):
@@ -154,7 +156,7 @@ class State(Message):
     """What has become of the model without being asked: let go of when idle, or loaded again for a request."""
 
     type: Literal["state"] = "state"
-    state: Literal["unloaded", "loading", "ready", "failed", "closed"]
+    state: ModelState
 
 
 class Prompt(Message):
@@ -228,7 +230,7 @@ class Done(Message):
 
     type: Literal["done"] = "done"
     id: Id
-    finish_reasons: list[Literal["stop", "length", "tool_calls", "cancelled"]]
+    finish_reasons: list[FinishReason]
     usage: Usage
     seconds: Timings
 
@@ -245,21 +247,21 @@ class Stats(Message):
 
     type: Literal["stats"] = "stats"
     id: Id
-    state: Literal["no_model", "unloaded", "loading", "ready", "failed", "closed"]
+    state: Literal["no_model"] | ModelState
     running: Count
     queued: Count
     process_bytes: Count
     log_lines_dropped: Count
     memory: dict[str, int] | None = None
-    done: dict[str, Any] | None = Field(None, description="As `Engine.stats`: requests, prefixes, experts.")
+    done: Annotated[dict[str, Any] | None, Field(description="`Engine.stats`: requests, prefixes, experts.")] = None
 
 
 class Error(Message):
-    """A request has failed (`id`), or a line could not be taken (`line_id`, if it had one that is not another's)."""
+    """A request has failed, or a line could not be taken: then there is no `id` where none could be read in it."""
 
     type: Literal["error"] = "error"
-    id: Id | None = Field(None, description="The request that this ends.")
-    line_id: Id | None = Field(None, description="The id of a line that was refused while its namesake goes on.")
+    id: Annotated[Id | None, Field(description="The request that this ends.")] = None
+    line_id: Annotated[Id | None, Field(description="That of a refused line, while its namesake goes on.")] = None
     code: str
     message: str
     hint: str = ""
@@ -319,13 +321,25 @@ def schema() -> dict[str, Any]:
     unions = {
         name: {"oneOf": [{"$ref": f"#/$defs/{cls.__name__}"} for cls in union]} for name, union in directions.items()
     }
+    for cls in classes:
+        made["$defs"][cls.__name__]["required"] = [
+            "type",
+            *(name for name in made["$defs"][cls.__name__].get("required", ()) if name != "type"),
+        ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"Messages of mixtral-mlx helper, protocol {PROTOCOL}",
         "description": "Each line to the helper is an Incoming, each line from it an Outgoing.",
         "anyOf": [{"$ref": "#/$defs/Incoming"}, {"$ref": "#/$defs/Outgoing"}],
-        "$defs": {**made["$defs"], **unions},
+        "$defs": {**_untitled(made["$defs"]), **unions},
     }
+
+
+def _untitled(found: Any) -> Any:
+    """A schema without the titles that only repeat its names."""
+    if isinstance(found, dict):
+        return {key: _untitled(value) for key, value in found.items() if key != "title"}
+    return [_untitled(value) for value in found] if isinstance(found, list) else found
 
 
 _TYPES: dict[str, type[Incoming]] = {
@@ -374,3 +388,7 @@ def _kind(found: object) -> str:
 def _shown(found: object) -> str:
     text = json.dumps(found, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))
