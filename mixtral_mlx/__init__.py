@@ -11,6 +11,7 @@
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
     engine     many requests at once, for programs that embed a model
+    protocol   OpenAI's and Anthropic's JSON ↔ what the engine takes and gives
     session    a conversation: its messages, settings and commands
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words

@@ -447,17 +447,17 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
         self.held = ""
-        self.hit = False
+        self.hit = ""
+        """The stop string that ended the text."""
 
     def feed(self, text: str) -> str:
         """Add `text`; returns what can be shown for certain. After a stop string, nothing more."""
         if self.hit:
             return ""
         self.held += text
-        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
-            self.hit = True
-            _, start = min(found)
+            _, start, self.hit = min(found)
             shown, self.held = self.held[:start], ""
             return shown
         keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)

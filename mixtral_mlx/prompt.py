@@ -147,6 +147,10 @@ class Tokenizer:
         surface = self._surface(token)
         return surface if isinstance(surface, bytes) else surface.replace(_SPACE, " ").encode()
 
+    def piece(self, token: int) -> str:
+        """A token as the vocabulary writes it, also where it is no text."""
+        return self._pieces.id_to_piece(token) if 0 <= token < self.vocab_size else f"<{token}>"
+
     def _is_control(self, token: int) -> bool:
         return 0 <= token < self.vocab_size and bool(self._pieces.is_control(token))
 

@@ -27,7 +27,8 @@ LAYERS: dict[str, set[str]] = {
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
     "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "weights"},
-    "helper": {"config", "engine", "memory", "prompt"},
+    "helper": {"config", "engine", "memory", "prompt", "protocol"},
+    "protocol": {"config", "engine", "generate", "prompt"},
 }
 
 

@@ -162,11 +162,12 @@ def test_a_request_alone_is_answered_as_on_the_plain_path(
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (30, len(chunks))
 
 
-def test_a_stop_string_ends_a_text_before_it(engine: Engine) -> None:
+def test_a_stop_string_ends_a_text_before_it_and_is_told(engine: Engine) -> None:
     whole = engine.complete(words(10), max_tokens=20).result()
     stop = whole.text[8:12]
-    result = engine.complete(words(10), max_tokens=20, stop=stop).result()
+    result = engine.complete(words(10), max_tokens=20, stop=("\0", stop)).result()
     assert (result.text, result.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert (result.stop_text, whole.stop_text) == (stop, "")
 
 
 def test_events_come_in_order(engine: Engine) -> None:

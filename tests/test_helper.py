@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -33,7 +33,12 @@ def validator(direction: str) -> Draft202012Validator:
     return Draft202012Validator({"$ref": f"#/$defs/{direction}", "$defs": SCHEMA["$defs"]})
 
 
-FROM_HELPER, TO_HELPER = validator("Outgoing"), validator("Incoming")
+FROM_HELPER = {
+    SCHEMA["$defs"][cls.__name__]["properties"]["type"]["const"]: validator(cls.__name__)
+    for cls in get_args(messages.Outgoing)
+}
+"""By the type of message, which is many times as fast as to try all."""
+TO_HELPER = validator("Incoming")
 HELLO = [{"role": "user", "content": "Hello"}]
 ENDLESS = {"messages": HELLO, "max_tokens": 900, "min_tokens": 900}
 """A body whose answer takes long enough to do something meanwhile."""
@@ -110,7 +115,7 @@ class App:
 
 def checked(line: bytes) -> dict[str, Any]:
     message = json.loads(line)
-    FROM_HELPER.validate(message)
+    FROM_HELPER[message["type"]].validate(message)
     assert line.isascii()
     return message
 
@@ -152,6 +157,7 @@ def text(came: list[dict[str, Any]]) -> str:
 def test_the_schema_in_the_package_is_that_of_the_messages() -> None:
     """Written anew by: python -m mixtral_mlx.helper.messages > mixtral_mlx/helper/schema.json"""
     Draft202012Validator.check_schema(SCHEMA)
+    assert len(SCHEMA["$defs"]["Outgoing"]["oneOf"]) == len(FROM_HELPER)
     assert messages.schema() == SCHEMA
 
 

@@ -252,7 +252,8 @@ class Answering:
                 text, reason = text + self._text.rest(), "stop"
         self.channel.put(Token(self._apart(text, bool(reason)), step.token, step.logprob, step.top_logprobs))
         if reason:
-            self.finish("tool_calls" if reason == "stop" and self._calls and self._calls.calls else reason)
+            called = reason == "stop" and self._calls and self._calls.calls
+            self.finish("tool_calls" if called else reason, self._text.stops.hit)
         return reason is None
 
     def _apart(self, text: str, last: bool) -> str:
@@ -271,10 +272,10 @@ class Answering:
 
     # How it ends.
 
-    def finish(self, reason: str) -> None:
-        """Say that it has ended."""
+    def finish(self, reason: str, stop_text: str = "") -> None:
+        """Say that it has ended, and with which stop string, if with one."""
         self.finished = True
-        self.channel.put(Done(reason, self.usage(), self._queued_seconds))
+        self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text))
 
     def cancel(self) -> None:
         """End it as its reader asked, with the text that was held back."""

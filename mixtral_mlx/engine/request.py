@@ -110,11 +110,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Done:
-    """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled"."""
+    """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled".
+
+    `stop_text` is the stop string, if one ended it."""
 
     finish_reason: str
     usage: Usage
     queued_seconds: float = 0.0
+    stop_text: str = ""
 
 
 Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Done
@@ -134,6 +137,7 @@ class Result:
     queued_seconds: float
     scores: Scores
     embedding: tuple[float, ...]
+    stop_text: str = ""
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Result:
@@ -152,6 +156,7 @@ class Result:
             queued_seconds=done.queued_seconds,
             scores=_joined([event for event in events if isinstance(event, Scores)]),
             embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
+            stop_text=done.stop_text,
         )
 
 

@@ -500,7 +500,17 @@ def _finite(logprob: float) -> float:
 
 def _asked(engine: Engine, body: dict[str, Any]) -> list[Reply]:
     """The answers, one for each choice, that a body asks for."""
-    return [engine.chat(body["messages"], **{name: value for name, value in body.items() if name != "messages"})]
+    from ..protocol import PARSERS, Refused
+
+    if "stream_options" in body or body.get("stream") is False:
+        param = "stream_options" if "stream_options" in body else "stream"
+        raise Refused(
+            f"The body has {param}, but the helper always streams and always tells the tokens.",
+            hint="Leave it out.",
+            param=param,
+        )
+    call = PARSERS["/v1/chat/completions"](body, engine)
+    return [reply for request, count in call.asked for reply in engine.choices(count, request)]
 
 
 def _as_message(error: MixtralError, request_id: str | None) -> m.Error:
@@ -509,6 +519,7 @@ def _as_message(error: MixtralError, request_id: str | None) -> m.Error:
         code=error.code,
         message=str(error),
         hint=error.hint,
+        param=getattr(error, "param", None),
         retryable=getattr(error, "retryable", False),
     )
 

@@ -265,7 +265,8 @@ class Error(Message):
     code: str
     message: str
     hint: str = ""
-    retryable: bool = False
+    param: Annotated[str | None, Field(description="The field of a body that is the reason, as a dotted path.")] = None
+    retryable: Annotated[bool, Field(description="Whether the same may well succeed later.")] = False
 
 
 class Bye(Message):

@@ -1,0 +1,154 @@
+"""Every field of the APIs and what is done with it: the one table that requests are held to.
+
+A field is *honoured*; or a *label*, which names the caller or the request and by its meaning changes no answer; or
+*fixed*, which is taken with the values that ask for what is done in any case; or *refused*, with the reason. What is
+in no list is refused as unknown. null is the same as leaving a field out, as in these APIs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .call import Refused
+
+Treatment = Literal["honoured", "label", "fixed", "refused"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is done with a field. `note` tells its default, or why it is refused; `values` are those it is fixed to."""
+
+    treatment: Treatment
+    note: str = ""
+    values: tuple[Any, ...] = ()
+
+
+def _honoured(**notes: str) -> dict[str, Field]:
+    return {name: Field("honoured", note) for name, note in notes.items()}
+
+
+def _labels(**notes: str) -> dict[str, Field]:
+    return {name: Field("label", note) for name, note in notes.items()}
+
+
+def _fixed(**values: tuple[Any, ...]) -> dict[str, Field]:
+    return {name: Field("fixed", "", allowed) for name, allowed in values.items()}
+
+
+def _refused(**reasons: str) -> dict[str, Field]:
+    return {name: Field("refused", reason) for name, reason in reasons.items()}
+
+
+_EXTENSIONS = _honoured(
+    top_k="Ours: sample among so many of the likeliest tokens. Default 0, all of them.",
+    min_p="Ours: leave out tokens less likely than this part of the likeliest. Default 0.",
+    repetition_penalty="Ours: default 1, none.",
+    min_tokens="Ours: the model cannot end before so many tokens. Default 0.",
+    ignore_eos="Ours: go on where the model would end. Default false.",
+    kv_bits="Ours: keys and values in 8 or 4 bits. Default: as the engine was loaded.",
+    max_kv="Ours: keep keys and values of the latest tokens only, so many. Default: of all.",
+    speculate='Ours: "n-gram" guesses tokens ahead, which changes the speed only. Default: no.',
+)
+_OPENAI_SAMPLING = _honoured(
+    model='The served model\'s id, its last part, "default" or an alias. Default: the served model.',
+    temperature="Default 1.",
+    top_p="Default 1.",
+    seed="Default: another one each time. Choice k of n has seed + k.",
+    stop="Up to 64 texts. Default: none.",
+    n="Default 1.",
+    max_tokens="Default: up to the end of the context.",
+    presence_penalty="Looks back over 20 tokens. Default 0.",
+    frequency_penalty="Looks back over 20 tokens. Default 0.",
+    logit_bias="Token ids of this model, as text, with numbers from -100 to 100.",
+    stream="Default false.",
+    stream_options="include_usage is honoured.",
+)
+_LABELS = _labels(
+    user="Names the end user.",
+    safety_identifier="Names the end user.",
+    prompt_cache_key="Prompts that begin alike share what was read whatever their key.",
+)
+
+FIELDS: dict[str, dict[str, Field]] = {
+    "/v1/chat/completions": {
+        **_OPENAI_SAMPLING,
+        **_honoured(
+            messages="Text only. developer is read as system.",
+            max_completion_tokens="The same as max_tokens.",
+            tools="Functions only, and only where the tokenizer has tokens for them (8x22B).",
+            tool_choice='Default "auto".',
+            parallel_tool_calls="Default true; false holds the model to one call by a grammar.",
+            response_format="text, json_object, json_schema, and ours: regex, lark, choice.",
+            logprobs="Default false.",
+            top_logprobs="0 to 20; needs logprobs.",
+        ),
+        **_EXTENSIONS,
+        **_LABELS,
+        **_labels(metadata="Of stored answers; none is stored."),
+        **_fixed(
+            store=(False,),
+            service_tier=("auto", "default"),
+            modalities=(["text"],),
+            reasoning_effort=("none",),
+            verbosity=("medium",),
+        ),
+        **_refused(
+            audio="Mixtral reads and writes text only.",
+            function_call="Use tool_choice.",
+            functions="Use tools.",
+            moderation="Nothing is moderated here.",
+            prediction="Use speculate, which needs no prediction.",
+            prompt_cache_options="Prompts are kept without being asked.",
+            prompt_cache_retention="How long prompts are kept is set where the server is started.",
+            web_search_options="Nothing is searched here; offer a function among the tools.",
+        ),
+    },
+}
+"""What is done with each field, by the path of its API."""
+
+
+def known(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `body` that are to be read; raises `Refused` for one that is not known, or cannot be honoured."""
+    fields, kept = FIELDS[path], {}
+    for name, value in body.items():
+        field = fields.get(name)
+        if field is None:
+            raise Refused(
+                f"There is no field {shown(name)} in {path}.",
+                code="unknown_field",
+                hint="Leave it out; nothing that is not understood is passed over.",
+                param=name[:80],
+            )
+        if value is None or (field.treatment == "fixed" and _same(value, field.values)):
+            continue
+        if field.treatment in ("fixed", "refused"):
+            raise _not_honoured(name, value, field)
+        kept[name] = value
+    return kept
+
+
+def _same(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(one) and value == one for one in allowed)
+
+
+def _not_honoured(name: str, value: Any, field: Field) -> Refused:
+    if field.treatment == "refused":
+        return Refused(f"{name} cannot be honoured.", code="unsupported_field", hint=field.note, param=name)
+    allowed = " or ".join(shown(one) for one in field.values)
+    return Refused(
+        f"{name} is {shown(value)}, and only {allowed} can be honoured.",
+        code="unsupported_value",
+        hint=field.note or "Leave it out.",
+        param=name,
+    )
+
+
+def shown(value: Any) -> str:
+    """A value of a body for a message, not too long."""
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value) if isinstance(value, str) else str(value) if abs(value) < 1e30 else "a very large number"
+    return text if len(text) <= 60 else text[:57] + "..."
