@@ -259,7 +259,7 @@ def test_what_cannot_be_loaded_is_an_error_and_the_helper_goes_on(tmp_path: Path
         app.next()
         for id, model, code in (
             ("1", str(tmp_path / "nothing"), "no_model"),
-            ("2", str(tmp_path), "missing_file"),
+            ("2", str(tmp_path), "no_config"),
             ("3", "\0", "failed"),
         ):
             error = app.ask(id, type="load", model=model)[-1]

@@ -82,7 +82,7 @@ class Helper:
         self._options = options
         self._parent = parent
         self._log_lines = log
-        self._lines_in = lines_in
+        self._lines_in, self._lines_out = lines_in, lines_out
         self._loop: asyncio.AbstractEventLoop
         self._reason: asyncio.Future[m.Reason]
         self._end_once = threading.Lock()
@@ -132,7 +132,7 @@ class Helper:
         for request_id in self._requests:
             self._cancel(request_id)
         if self._load:
-            self._load.is_cancelled = True
+            self._load.cancel()
         tasks = [*self._requests.values()]
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_EVENTS_S)
@@ -160,7 +160,7 @@ class Helper:
             time.sleep(_WATCH_EVERY_S)
             since = self._handing_over_since
             is_held_up = since is not None and time.monotonic() - since > _WATCH_EVERY_S
-            if self._parent.is_gone():
+            if self._parent.is_gone() or is_hung_up(self._lines_out):
                 return self._end("parent_gone")
             if is_held_up and is_hung_up(self._lines_in):
                 return self._end("stdin_closed")
@@ -286,7 +286,7 @@ class Helper:
         for reply in self._replies.get(request_id, ()):
             reply.cancel()
         if self._load and self._load.request_id == (request_id or None):
-            self._load.is_cancelled = True
+            self._load.cancel()
 
     # The model.
 
@@ -297,12 +297,15 @@ class Helper:
         began = time.monotonic()
         try:
             await self._do_unload()
-            engine = await self._in_thread(lambda: load.run({**self._options.loading, **given}))
+            working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
+            # What is being fetched cannot be stopped; then its thread goes on, and nobody waits for it.
+            await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._load = None
         if load.is_cancelled:
-            await self._in_thread(engine.close)
+            working.add_done_callback(_forget)
             raise _stopped()
+        engine = working.result()
         self._engine, self._state = engine, "ready"
         memory = engine.memory()
         return m.Ready(
@@ -416,10 +419,17 @@ class _Load:
     def __init__(self, request_id: str | None, model: str, helper: Helper) -> None:
         self.request_id = request_id
         self.is_cancelled = False
+        self.cancelled = asyncio.get_running_loop().create_future()
         self._model = model
         self._helper = helper
         self._said = 0.0
         self._is_done = False
+
+    def cancel(self) -> None:
+        """Nobody wants the model any more."""
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self.cancelled.set_result(None)
 
     def run(self, how: dict[str, Any]) -> Engine:
         """The engine, once it is ready. Takes long; on a thread of its own."""
@@ -429,10 +439,12 @@ class _Load:
 
         disable_progress_bars()
         engine = load(None if self._model == "demo" else self._model, **how, progress=self._progress)
-        if not self.is_cancelled:
-            # The first conversation to be encoded takes a second: better now than when somebody waits for an answer.
-            engine.tokenizer.encode_chat([Message("user", "Hello")])
+        # The first conversation to be encoded takes a second: better now than when somebody waits for an answer.
+        engine.tokenizer.encode_chat([Message("user", "Hello")])
         self._is_done = True
+        if self.is_cancelled:
+            engine.close()
+            raise _stopped()
         return engine
 
     def _progress(self, done: int, total: int) -> None:
@@ -444,6 +456,12 @@ class _Load:
             self._said = now
             request_id = None if self._is_done else self.request_id
             self._helper.say(m.Loading(id=request_id, model=self._model, done_bytes=done, total_bytes=total))
+
+
+def _forget(working: asyncio.Future[Engine]) -> None:
+    """Let go of a model that came when nobody wanted it any more."""
+    if not working.cancelled() and working.exception() is None:
+        threading.Thread(target=working.result().close, daemon=True).start()
 
 
 @dataclass(frozen=True)
