@@ -94,11 +94,12 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("serve", "routes")
+_LATER_COMMANDS = ("routes",)
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
   convert      make a folder this program runs from any Mixtral checkpoint
+  serve        answer programs: OpenAI's and Anthropic's APIs, and a page to chat on
   plan         say what runs in how much memory, and how fast that should be
   verify       check that a converted folder is as it was written
   perplexity   measure how well a model predicts a text
@@ -609,6 +610,125 @@ def _perplexity(arguments: list[str]) -> int:
     return _show(answer, as_json=parsed.json)
 
 
+# serve
+
+_SERVE = """Serve a model to programs on this machine: OpenAI's and Anthropic's APIs, and a page to chat on at /.
+
+Only this machine is listened to, and no page but the server's own may ask. Ctrl-C or SIGTERM ends what runs with an
+error that says so, and the server within three seconds; a second one at once."""
+_SERVE_EPILOG = """examples:
+  mixtral-mlx serve --model ~/models/mixtral-q4
+  mixtral-mlx serve --model demo --port 0 --quiet
+  MIXTRAL_MLX_API_KEY=$(openssl rand -hex 16) mixtral-mlx serve --model ~/models/mixtral-q4 --host 0.0.0.0"""
+
+
+def _serve(arguments: list[str]) -> int:
+    parsed = _serve_parser().parse(arguments)
+    if parsed.uds and parsed.host:
+        raise UsageError("Both --uds and --host were given, expected one.", code="bad_option")
+    if parsed.uds and parsed.port is not None:
+        raise UsageError("Both --uds and --port were given, expected one.", code="bad_option")
+    from .server.serve import Request, serve
+    from .server.settings import ServerSettings
+
+    max_concurrent, max_queue = parsed.max_concurrent, parsed.max_queue
+    settings = ServerSettings(
+        host="" if parsed.uds else parsed.host or "127.0.0.1",
+        api_key=parsed.api_key or os.environ.get("MIXTRAL_MLX_API_KEY", ""),
+        allow_origins=tuple(parsed.allow_origin),
+        allow_hosts=tuple(parsed.allow_host),
+        aliases=tuple(parsed.alias),
+        max_body=parsed.max_body,
+        max_requests=max_concurrent + max_queue,
+        timeout_s=parsed.timeout,
+        log_prompts=parsed.log_prompts,
+    )
+    engine = {
+        "max_concurrent": max_concurrent,
+        "max_queue": max_queue,
+        "adapter": parsed.adapter,
+        "prefix_memory": parsed.prefix_memory,
+        "cache_dir": parsed.cache_dir,
+        "cache_size": parsed.cache_size,
+        "idle_unload_s": parsed.idle_unload,
+        "deterministic": parsed.deterministic,
+    }
+    choice = _model_choice(parsed, parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None)
+    with wired(choice):
+        return serve(Request(choice, settings, 8080 if parsed.port is None else parsed.port, parsed.uds, engine))
+
+
+def _serve_parser() -> _Parser:
+    parser = _Parser("mixtral-mlx serve", description=_SERVE, epilog=_SERVE_EPILOG)
+    _add_model(parser, "the demo")
+    group = parser.add_argument_group("where it listens, and to whom")
+    group.add_argument("--host", metavar="H", help="address to listen at; another machine's needs a key (127.0.0.1)")
+    group.add_argument("--port", type=_count(0), metavar="N", help="port to listen at; 0 takes a free one (8080)")
+    group.add_argument("--uds", type=Path, metavar="PATH", help="a Unix socket to listen at instead")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what programs have to send; better given as MIXTRAL_MLX_API_KEY, as others see command lines (none)",
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages from there ask, as https://app.example; may be given several times (none)",
+    )
+    group.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that leads to this server; may be given several times (localhost, and addresses)",
+    )
+    group.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name to ask for the model by, besides its own, as gpt-4o or claude-*; may be given several times",
+    )
+    group = parser.add_argument_group("how much it does")
+    group.add_argument(
+        "--max-concurrent", type=_count(1), default=16, metavar="N", help="requests answered at a time (16)"
+    )
+    group.add_argument("--max-queue", type=_count(1), default=64, metavar="N", help="requests that may wait (64)")
+    group.add_argument("--max-body", type=_size, default=32 << 20, metavar="SIZE", help="longest request (32MiB)")
+    group.add_argument(
+        "--timeout", type=_seconds, default=3600.0, metavar="S", help="seconds that an answer may take (3600)"
+    )
+    group.add_argument(
+        "--idle-unload", type=_seconds, metavar="S", help="let go of the model after so many idle seconds (never)"
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", help="answers are the same bits whatever else runs; slower"
+    )
+    group = parser.add_argument_group("what it keeps and uses")
+    group.add_argument(
+        "--prefix-memory", type=_size, metavar="SIZE", help="most that read prompts may keep (what is left of --memory)"
+    )
+    group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep read prompts there over restarts (nowhere)")
+    group.add_argument("--cache-size", type=_size, default=10 * 10**9, metavar="SIZE", help="most they take (10GB)")
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter in mlx-lm's format")
+    group = parser.add_argument_group("what it says")
+    group.add_argument("--log-prompts", action="store_true", help="also log what is asked, which is private")
+    group.add_argument("--quiet", action="store_true", help="no progress bar and no line for each request")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a number of seconds above 0")
+    return seconds
+
+
 # plan
 
 _PLAN = """Say what runs in how much memory: resident or streamed from the SSD, with which context, and how fast that
@@ -831,5 +951,6 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "perplexity": _perplexity,
     "bench": _bench,
     "plan": _plan,
+    "serve": _serve,
     "helper": _helper,
 }

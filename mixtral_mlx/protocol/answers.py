@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -83,10 +83,11 @@ class Total:
 
 @dataclass(frozen=True)
 class Shown:
-    """A token whose text was shown. `begins` is whether it lost a space there, being the first of a text."""
+    """A token whose text was shown, from the character `at` on; `begins` if it lost a space, as the first of a text."""
 
     token: Token
     begins: bool = False
+    at: int = 0
 
     def written(self, tokenizer: Tokenizer) -> tuple[str, list[int] | None]:
         """The token as text and as bytes."""
@@ -123,7 +124,7 @@ class ShownTokens:
         self._begins = tokenizer.begins(prompt)
         self._detokenizer = tokenizer.detokenizer(prompt)
         self._made = self._shown = 0
-        self._waiting: deque[tuple[int, int, Shown]] = deque()  # with where in the text they begin and end
+        self._waiting: deque[tuple[int, Shown]] = deque()  # with where in the text they end
         self._forming: list[Shown] = []  # a character that is not whole yet
 
     def add(self, token: Token) -> list[Shown]:
@@ -151,13 +152,13 @@ class ShownTokens:
     def _form(self, text: str) -> None:
         if text:
             start, self._made = self._made, self._made + len(text)
-            self._waiting += [(start, self._made, shown) for shown in self._forming]
+            self._waiting += [(self._made, replace(shown, at=start)) for shown in self._forming]
             self._forming = []
 
     def _taken(self, is_shown: Callable[[int, int], bool]) -> list[Shown]:
         taken = []
-        while self._waiting and is_shown(*self._waiting[0][:2]):
-            taken.append(self._waiting.popleft()[2])
+        while self._waiting and is_shown(self._waiting[0][1].at, self._waiting[0][0]):
+            taken.append(self._waiting.popleft()[1])
         return taken
 
 

@@ -6,7 +6,7 @@ behind this has to look out for it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -99,21 +99,28 @@ def _refused(error: ValidationError, body: object) -> Refused:
     if kind == "extra_forbidden":
         return Refused(f"There is no field {name}.", code="unknown_field", hint="Leave it out.", param=name)
     if kind == "union_tag_invalid":
-        tag, key = str(context.get("tag")), str(context.get("discriminator")).strip("'")
+        key = str(context.get("discriminator")).strip("'").replace("_item_kind()", "type")
         expected = str(context.get("expected_tags"))
-        if any(medium in tag for medium in _MEDIA):
-            return Refused(
-                f"{name} is of the type {shown(tag)}, and Mixtral reads text only.",
-                code="unsupported_content",
-                hint="Put what it says into words.",
-                param=name,
-            )
-        return Refused(
-            f"{name}.{key} is {shown(tag)}, expected {expected}.", code="unsupported_type", param=f"{name}.{key}"
-        )
+        return _unexpected(str(context.get("tag")), f"{name}.{key}", expected)
+    if kind == "union_tag_not_found":
+        name = f"{name}.{str(context.get('discriminator')).strip(chr(39))}"
+        return Refused(f"{name} is missing.", code="missing_field", hint="Add it.", param=name)
+    if kind == "literal_error" and isinstance(found.get("input"), str):
+        return _unexpected(found["input"], name, str(context.get("expected")))
     said = found["msg"].removeprefix("Value error, ")
     given = found.get("input")
     return Refused(f"{name} is {shown_kind(given)}: {said}.", code="bad_value", param=name)
+
+
+def _unexpected(tag: str, name: str, expected: str) -> Refused:
+    if any(medium in tag for medium in _MEDIA):
+        return Refused(
+            f"{name} is {shown(tag)}, and Mixtral reads text only.",
+            code="unsupported_content",
+            hint="Put what it says into words.",
+            param=name,
+        )
+    return Refused(f"{name} is {shown(tag)}, expected {expected}.", code="unsupported_type", param=name)
 
 
 def shown_kind(value: object) -> str:
@@ -145,6 +152,12 @@ def _text_or_list(value: object) -> str:
 _T = TypeVar("_T")
 TextOr = Annotated[Annotated[str, Tag("text")] | Annotated[_T, Tag("list")], Discriminator(_text_or_list)]
 """Text, or a list of something."""
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Parts of a message as one text, apart as mistral-common puts them."""
+    return "\n\n".join(texts)
+
 
 Stop = TextOr[Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MOST_STOPS)]]
 

@@ -99,8 +99,8 @@ class Call(ABC):
         """The answer as it comes; only for a call that `streams`."""
 
 
-class Plain(Call):
-    """A call whose answer is known already, or cannot be streamed."""
+class Ready(Call):
+    """A call whose answer is known already."""
 
     def __init__(self, ready: dict[str, Any]) -> None:
         super().__init__()

@@ -41,8 +41,12 @@ def status_of(error: MixtralError) -> int:
 def error_body(path: str, error: MixtralError) -> tuple[int, dict[str, Any]]:
     """The HTTP status, and the body in the form of the API at `path`."""
     status = status_of(error)
-    is_anthropic = path.startswith("/v1/messages")
-    return status, anthropic_error(error) if is_anthropic else openai_error(error)
+    return status, anthropic_error(error) if is_anthropic(path) else openai_error(error)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether the API at `path` is Anthropic's."""
+    return path.startswith("/v1/messages")
 
 
 def openai_error(error: MixtralError) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def openai_error(error: MixtralError) -> dict[str, Any]:
     status = status_of(error)
     return {
         "error": {
-            "message": _said(error),
+            "message": said(error),
             "type": _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
             "param": error.param if isinstance(error, Refused) else None,
             "code": _OPENAI_CODES.get(error.code, error.code),
@@ -63,8 +67,8 @@ def anthropic_error(error: MixtralError) -> dict[str, Any]:
     status = status_of(error)
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     # Claude Code looks for these words to shorten the conversation.
-    said = f"prompt is too long: {_said(error)}" if error.code == "context_full" else _said(error)
-    return {"type": "error", "error": {"type": kind, "message": said}}
+    before = "prompt is too long: " if error.code == "context_full" else ""
+    return {"type": "error", "error": {"type": kind, "message": before + said(error)}}
 
 
 @contextmanager
@@ -78,5 +82,6 @@ def refusing(param: str | None = None) -> Generator[None]:
         raise Refused(str(error), code=error.code, hint=error.hint, status=status_of(error), param=param) from error
 
 
-def _said(error: MixtralError) -> str:
+def said(error: MixtralError) -> str:
+    """What is wrong and what to do, in one text."""
     return " ".join(part for part in (str(error), error.hint) if part)

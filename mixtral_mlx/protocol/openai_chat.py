@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -12,7 +12,7 @@ from ..engine.request import Done, Event, Request, Result, Text, Token, ToolCall
 from ..engine.tools import ToolChoice
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from .answers import Shown, ShownTokens, Total, check_model, finish_reason, new_id, served, shown_tokens
-from .bodies import Body, TextOr, read
+from .bodies import Body, TextOr, joined, read
 from .call import Asks, Call, Frame, Refused, Stream, now
 from .conversation import as_prompted
 from .errors import openai_error, refusing
@@ -105,7 +105,7 @@ ToolChoiceField = Annotated[
 
 
 class ChatBody(OpenAISampling):
-    """The body of `/v1/chat/completions`; `fields.py` says of every field what is done with it."""
+    """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[AnyMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
@@ -133,8 +133,8 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     settings["top_logprobs"] = asked.top_logprobs or 0
     with refusing("messages"):
         request = asks.chat_request(
-            as_prompted(map(_message, asked.messages)),
-            tools=[_tool(tool.function) for tool in asked.tools or ()],
+            as_turns(asked.messages),
+            tools=[as_tool(tool) for tool in asked.tools or ()],
             tool_choice=_choice(asked),
             parallel_tool_calls=asked.parallel_tool_calls is not False,
             **settings,
@@ -154,8 +154,13 @@ def _most_tokens(asked: ChatBody) -> int | None:
     return next(iter(given), None)
 
 
+def as_turns(messages: Iterable[AnyMessage]) -> list[Message]:
+    """Messages as the engine takes them."""
+    return as_prompted(map(_message, messages))
+
+
 def _message(message: AnyMessage) -> Message:
-    content = text_of(message.content)
+    content = _text(message.content)
     match message:
         case ToolMessage():
             return Message("tool", content, tool_call_id=message.tool_call_id)
@@ -169,13 +174,13 @@ def _message(message: AnyMessage) -> Message:
     return Message("system", content)
 
 
-def text_of(content: str | list[TextPart] | None) -> str:
-    """The text of a message, its parts below one another."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
+def _text(content: str | list[TextPart] | None) -> str:
+    return content if isinstance(content, str) else joined(part.text for part in content or ())
 
 
-def _tool(function: Function) -> Tool:
-    return Tool(function.name, function.description or "", function.parameters or {})
+def as_tool(tool: FunctionTool) -> Tool:
+    """A tool as the engine takes it."""
+    return Tool(tool.function.name, tool.function.description or "", tool.function.parameters or {})
 
 
 def _choice(asked: ChatBody) -> ToolChoice:

@@ -1,0 +1,276 @@
+"""The routes, as an ASGI application: which path answers what, from the engine that is handed in.
+
+Who may ask is the guard's business, what a request means `protocol`'s."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from .. import protocol
+from ..config import MixtralError
+from ..engine.engine import Engine
+from ..protocol import PARSERS, Refused
+from . import bodies, metrics, openapi, sse
+from .answers import Answers, submit
+from .guard import Guard, refusal
+from .log import Log
+from .settings import ServerSettings
+
+
+@dataclass
+class Model:
+    """The engine that answers, once it is there; until then `done` bytes of `total` have been loaded."""
+
+    engine: Engine | None = None
+    done: int = 0
+    total: int = 0
+
+
+def create_app(model: Engine | Model, settings: ServerSettings = ServerSettings(), log: Log | None = None) -> Starlette:
+    """The application. Its `state.stop()`, called on its loop, ends what runs and refuses what still comes."""
+    house = _House(model if isinstance(model, Model) else Model(model), settings, log)
+    page = _page()
+    routes = [*house.routes(), *(Route(path, _file(*file)) for path, file in page.items())]
+    guard = Middleware(
+        Guard,
+        settings=settings,
+        open_paths={"/health", *page},
+        is_stopping=lambda: house.answers.is_stopping,
+        log=log,
+        count=house.count,
+    )
+    app = Starlette(
+        routes=routes,
+        middleware=[guard],
+        exception_handlers={HTTPException: _no_such_route, MixtralError: _refused},
+    )
+    app.router.redirect_slashes = False
+    app.state.stop = house.answers.stop
+    return app
+
+
+_QUERIES = {"/v1/messages": {"beta"}, "/v1/messages/count_tokens": {"beta"}}
+"""What may stand after the ? of a path: clients of Anthropic's API say there that they know its latest fields."""
+
+
+class _House:
+    """All that the routes share."""
+
+    def __init__(self, model: Model, settings: ServerSettings, log: Log | None) -> None:
+        self.model = model
+        self.settings = settings
+        self.metrics = metrics.Metrics(lambda: model.engine)
+        self.answers = Answers(settings, self.metrics)
+        self._log = log
+        self._calls = 0
+        self._paths: set[str] = set()
+
+    def routes(self) -> list[Route]:
+        gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "/health": self._health,
+            "/v1/models": self._models,
+            "/v1/models/{model:path}": self._model,
+            "/stats": self._stats,
+            "/metrics": self._metrics,
+            "/openapi.json": self._openapi,
+        }
+        routes = [Route(path, _without_query(get), methods=["GET"]) for path, get in gets.items()]
+        routes += [Route(path, _Calls(self, path), methods=["POST"]) for path in PARSERS]
+        self._paths = {route.path for route in routes}
+        return routes
+
+    def count(self, scope: Scope, status: int, seconds: float) -> None:
+        """Note an answer; paths that there are not are counted together."""
+        path = scope["path"] if scope["path"] in self._paths else "other"
+        self.metrics.requests.labels(path, str(status)).inc()
+        self.metrics.seconds.labels(path).observe(seconds)
+
+    @property
+    def engine(self) -> Engine:
+        if self.model.engine is None:
+            raise Refused(
+                f"The model is being loaded{self._so_far()}.",
+                code="loading",
+                status=503,
+                hint="Try again; /health says when it is there.",
+            )
+        return self.model.engine
+
+    def _so_far(self) -> str:
+        return f": {100 * self.model.done // self.model.total} %" if self.model.total else ""
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Room for a request: its body is in memory, too."""
+        if self._calls >= self.settings.max_requests:
+            raise Refused(
+                f"{self._calls} requests are being answered or wait, and no more may.",
+                code="queue_full",
+                status=429,
+                hint="Try again when some have been answered.",
+            )
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    def say_prompt(self, path: str, body: dict[str, Any]) -> None:
+        if self._log and self.settings.log_prompts:
+            self._log.complain(f"{path} {sse.dumped(body)}")
+
+    # What is asked with GET.
+
+    async def _health(self, request: Request) -> Response:
+        engine = self.model.engine
+        if engine is None:
+            loading = {"status": "loading", "done_bytes": self.model.done, "total_bytes": self.model.total}
+            return JSONResponse(loading, 503, {"retry-after": "1"})
+        health = engine.health()
+        if not health.is_alive:
+            return JSONResponse({"status": health.state}, 503, {"retry-after": "1"})
+        return JSONResponse({"status": "ok", "state": health.state})
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse(protocol.models(self.engine))
+
+    async def _model(self, request: Request) -> Response:
+        asked, one = request.path_params["model"], protocol.model(self.engine)
+        if asked != one["id"]:
+            raise Refused(f"There is no model {asked[:100]!r} here.", code="model_not_found", status=404)
+        return JSONResponse(one)
+
+    async def _stats(self, request: Request) -> Response:
+        engine = self.engine
+        stats = {**engine.stats(), "memory": asdict(engine.memory()), "health": asdict(engine.health())}
+        return Response(sse.dumped(stats), media_type="application/json")
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.document(with_key=bool(self.settings.api_key)))
+
+
+class _Calls:
+    """A path of an API as an ASGI application: a JSON body in, an answer out, whole or as a stream."""
+
+    def __init__(self, house: _House, path: str) -> None:
+        self._house = house
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        house = self._house
+        _check_query(Request(scope), _QUERIES.get(self._path, set()))
+        engine = house.engine
+        with house.place():
+            body = await self._body(receive)
+            house.say_prompt(self._path, body)
+            # Long prompts take a while to encode, and others should not wait for that.
+            call = await asyncio.to_thread(PARSERS[self._path], body, engine, aliases=house.settings.aliases)
+            replies = submit(call, engine)
+            if call.streams:
+                await house.answers.streamed(call.stream(), replies, receive, send)
+            else:
+                answer = await house.answers.whole(call, replies, receive)
+                await Response(sse.dumped(answer), media_type="application/json")(scope, receive, send)
+
+    async def _body(self, receive: Receive) -> dict[str, Any]:
+        settings = self._house.settings
+        try:
+            async with asyncio.timeout(settings.body_s):
+                data = await bodies.read(receive, settings)
+        except TimeoutError:
+            raise Refused(
+                f"The body took more than {settings.body_s:g} seconds.", code="request_timeout", status=408
+            ) from None
+        return await asyncio.to_thread(bodies.parsed, data, settings)
+
+
+def _without_query(get: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        _check_query(request, set())
+        return await get(request)
+
+    return answer
+
+
+def _check_query(request: Request, known: set[str]) -> None:
+    """Refuse what would be ignored."""
+    for name in request.query_params:
+        if name not in known:
+            raise Refused(
+                f"The query holds {name[:60]!r}, which is not known here.", code="unknown_parameter", param=name[:60]
+            )
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    allowed = ", ".join(sorted({*dict(error.headers or {}).get("Allow", "").split(", "), "OPTIONS"} - {""}))
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": allowed})
+    if error.status_code == 405:
+        what = f"{request.method[:20]} is not for {request.url.path[:100]}, expected one of {allowed}."
+        answer = refusal(request.scope, Refused(what, code="method_not_allowed", status=405))
+        answer.headers["allow"] = allowed
+        return answer
+    what = f"There is no {request.url.path[:100]} here."
+    return refusal(
+        request.scope, Refused(what, code="not_found", status=404, hint="/openapi.json lists what there is.")
+    )
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return refusal(request.scope, error)
+
+
+# The page.
+
+_KINDS = {
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "ico": "image/x-icon",
+    "woff2": "font/woff2",
+    "webmanifest": "application/manifest+json",
+}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def _page() -> dict[str, tuple[bytes, str]]:
+    """The page's files by path, each with its media type."""
+    folder = files("mixtral_mlx").joinpath("page")
+    found = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
+    return {
+        "/" if name == "index.html" else f"/{name}": (file.read_bytes(), _KINDS[kind])
+        for name, file in sorted(found.items())
+        if (kind := name.rpartition(".")[2]) in _KINDS
+    }
+
+
+def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return Response(
+            content,
+            headers={"content-type": kind, "content-security-policy": _POLICY, "cache-control": "no-cache"},
+        )
+
+    return answer
