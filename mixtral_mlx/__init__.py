@@ -12,6 +12,7 @@
     generate   one prompt → a stream of chunks
     engine     many requests at once, for programs that embed a model
     protocol   OpenAI's and Anthropic's JSON ↔ what the engine takes and gives
+    opening    a model opened from a command line, with a bar
     session    a conversation: its messages, settings and commands
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words

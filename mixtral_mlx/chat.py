@@ -1,119 +1,24 @@
 """The terminal chat: `python -m mixtral_mlx.chat`, or `mixtral-mlx chat`.
 
-Opens a model and carries a `Session` on, with a person at a screen or with lines from a pipe. What a conversation is,
-and how things look on a screen, is left to session, terminal and markdown."""
+Carries a `Session` on, with a person at a screen or with lines from a pipe. What a conversation is, how a model is
+opened and how things look on a screen, is left to session, opening, terminal and markdown."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .config import MixtralError
+from .opening import LONG_PROMPT, ModelChoice, open_engine
 from .prompt import Message
-from .session import COMMANDS, SETTINGS, ChatError, Outcome, Ready, Session, shown_bytes
-from .terminal import Bar, CtrlC, Keyboard, PlainText, clean, complain, ended_in_order, notice, typing_ahead
+from .session import COMMANDS, SETTINGS, ChatError, Outcome, Ready, Session
+from .terminal import Bar, CtrlC, Keyboard, PlainText, clean, complain, ended_in_order, typing_ahead
 
 if TYPE_CHECKING:
     from .markdown import StreamedMarkdown
-
-LONG_PROMPT = 512
-"""Tokens of a prompt that take long enough to read that a bar says so."""
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which model to open and how; a `name` of None is the built-in demo, `wired` one of `memory.WIRINGS`."""
-
-    name: str | None = None
-    dtype: str = "auto"
-    kv_bits: int | None = None
-    context: int | None = None
-    memory_bytes: int | None = None
-    wired: str = "off"
-    offline: bool = False
-    quiet: bool = False
-
-
-@contextmanager
-def wired(choice: ModelChoice) -> Iterator[None]:
-    """Keep the memory of whatever model is in use wired while entered, if `choice` asks for it: around all of its use.
-
-    Raises `MachineError`, before anything is loaded."""
-    if choice.wired == "off":
-        yield
-        return
-    with notice("Starting MLX …", quiet=choice.quiet):
-        from .memory import default_budget, machine, wire
-
-        budget = choice.memory_bytes or default_budget(machine(ask_metal=True))
-    with wire(choice.wired, budget):
-        yield
-
-
-def open_model(choice: ModelChoice, *, beside_bytes: int = 0) -> Ready:
-    """Load a model, with a progress bar; the first Ctrl-C stops it between two reads.
-
-    `beside_bytes` are taken by a model that stays in memory. Raises `MixtralError`."""
-    with notice("Starting MLX …", quiet=choice.quiet):
-        from . import cpu
-        from .generate import Conversation
-        from .memory import default_budget, machine
-        from .prompt import Tokenizer
-        from .weights import load, locate
-    if choice.quiet or not sys.stderr.isatty():
-        _silence_downloads()
-    folder = locate(choice.name, offline=choice.offline)
-    memory = choice.memory_bytes
-    if beside_bytes:
-        memory = _left_beside(beside_bytes, memory or default_budget(machine(ask_metal=True)))
-    with CtrlC() as stopped, Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
-        tokenizer = Tokenizer.read(folder)
-        loaded = load(
-            folder,
-            dtype=choice.dtype,
-            memory=memory,
-            context=choice.context,
-            kv_bits=choice.kv_bits,
-            on_progress=bar,
-            cancelled=stopped,
-        )
-    if cpu.is_available() and cpu.has_to_compile(loaded.model):
-        with notice("Compiling for this processor, once …", quiet=choice.quiet):
-            cpu.compile_for(loaded.model)
-    if loaded.note and not choice.quiet:
-        print(loaded.note, file=sys.stderr, flush=True)
-    plan = loaded.plan
-    conversation = Conversation(
-        loaded.model, kv_bits=choice.kv_bits, context=plan.context, chunk_tokens=plan.chunk_tokens
-    )
-    is_demo = folder == locate(None)
-    name = "the demo model" if is_demo else _model_name(choice.name or "", folder)
-    return Ready(name, loaded, tokenizer, conversation, is_demo)
-
-
-def _silence_downloads() -> None:
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
-
-
-def _model_name(name: str, folder: Path) -> str:
-    return folder.resolve().name if Path(name).expanduser().is_dir() else name
-
-
-def _left_beside(held: int, budget: int) -> int:
-    """What a model may use while another holds `held` bytes, until it takes that one's place."""
-    if held >= budget:
-        raise ChatError(
-            f"The model in use holds {shown_bytes(held)} of {shown_bytes(budget)}: there is no room for another.",
-            code="too_large",
-            hint="Save the conversation, leave, and start again with --model.",
-        )
-    return budget - held
 
 
 def run(choice: ModelChoice, *, system: str = "", settings: Mapping[str, Any] | None = None, one: bool = False) -> int:
@@ -123,17 +28,17 @@ def run(choice: ModelChoice, *, system: str = "", settings: Mapping[str, Any] | 
         print(_ABOUT_DEMO, file=sys.stderr, flush=True)
 
     def other_model(name: str, beside_bytes: int) -> Ready:
-        return open_model(replace(choice, name=None if name == "demo" else name), beside_bytes=beside_bytes)
+        return open_engine(replace(choice, name=None if name == "demo" else name), beside_bytes=beside_bytes)
 
     with typing_ahead() if at_terminal else nullcontext():
-        ready = open_model(choice)
+        ready = open_engine(choice)
         # The first conversation to be encoded takes a second; better now than when the person waits for an answer.
-        ready.tokenizer.encode_chat([Message("user", "Hello")])
-    session = Session(ready, other_model, system=system, settings=settings)
-    if at_terminal:
-        with ended_in_order():
-            return _Terminal(session, quiet=choice.quiet).talk()
-    return _talk_in_pipe(session, one=one)
+        ready.engine.tokenizer.encode_chat([Message("user", "Hello")])
+    with Session(ready, other_model, system=system, settings=settings) as session:
+        if at_terminal:
+            with ended_in_order():
+                return _Terminal(session, quiet=choice.quiet).talk()
+        return _talk_in_pipe(session, one=one)
 
 
 _ABOUT_DEMO = (
@@ -208,12 +113,12 @@ class _Terminal:
             Bar("Reading the prompt", quiet=self.quiet, at_least=LONG_PROMPT) as bar,
         ):
             try:
-                for chunk in self.session.reply(on_prompt=bar, cancelled=stopped):
-                    view.add(clean(chunk.text))
+                for text in self.session.reply(on_prompt=bar, cancelled=stopped):
+                    view.add(clean(text))
             finally:
                 view.finish()
         self.leaving = stopped()
-        self._print(self.session.remark(chunk), "dim")
+        self._print(self.session.remark(), "dim")
         self._print(self.session.statistics() if self.session.stats else "", "dim")
         print()
 
@@ -265,12 +170,12 @@ def _do_in_pipe(session: Session, outcome: Outcome) -> None:
 def _answer_in_pipe(session: Session) -> None:
     view = PlainText()
     with CtrlC() as stopped:
-        for chunk in session.reply(cancelled=stopped):
-            view.add(clean(chunk.text) if sys.stdout.isatty() else chunk.text)
+        for text in session.reply(cancelled=stopped):
+            view.add(clean(text) if sys.stdout.isatty() else text)
     view.finish()
     if stopped():
         raise KeyboardInterrupt
-    remarks = (session.remark(chunk), session.statistics() if session.stats else "")
+    remarks = (session.remark(), session.statistics() if session.stats else "")
     for remark in filter(None, remarks):
         print(remark, file=sys.stderr, flush=True)
 

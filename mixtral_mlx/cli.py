@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .budget import parse_size
-from .chat import LONG_PROMPT, ModelChoice, open_model, wired
 from .config import RECIPES, MixtralError
+from .opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
 from .prompt import Message
-from .session import SETTINGS, Ready, mlx_failures, parse_setting, peak_bytes
+from .session import SETTINGS, mlx_failures, parse_setting, peak_bytes
 from .terminal import Bar, CtrlC, PlainText, clean, complain
 
 if TYPE_CHECKING:
@@ -420,7 +420,7 @@ class _Answered:
     at_first: Statistics | None
 
 
-def _complete(request: _Request, ready: Ready, prompt: list[int]) -> _Answered:
+def _complete(request: _Request, ready: Plain, prompt: list[int]) -> _Answered:
     """Generate, showing text as it comes unless it is to be JSON."""
     from .generate import stream_generate
 
@@ -456,7 +456,7 @@ def _sampling(request: _Request) -> Sampling:
     return Sampling(**request.settings)
 
 
-def _report(ready: Ready, answered: _Answered) -> dict[str, Any]:
+def _report(ready: Plain, answered: _Answered) -> dict[str, Any]:
     """The object `--json` prints. Other programs read these names."""
     chunks = answered.chunks
     usage: Usage = chunks[-1].usage
@@ -479,7 +479,7 @@ def _report(ready: Ready, answered: _Answered) -> dict[str, Any]:
     }
 
 
-def _memory(ready: Ready, answered: _Answered) -> dict[str, Any]:
+def _memory(ready: Plain, answered: _Answered) -> dict[str, Any]:
     loaded, usage = ready.loaded, answered.chunks[-1].usage
     report = {
         "mode": loaded.plan.mode,

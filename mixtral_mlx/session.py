@@ -13,7 +13,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,10 @@ from .config import MixtralError, read_json
 from .prompt import Message
 
 if TYPE_CHECKING:
-    from .generate import Chunk, Conversation, Sampling, Usage
-    from .prompt import Tokenizer
+    from .engine.engine import Engine
+    from .engine.reply import Reply
+    from .engine.request import Done
+    from .generate import Sampling, Usage
     from .weights import Loaded
 
 
@@ -90,13 +92,17 @@ def _unescaped(text: str) -> str:
 
 @dataclass(frozen=True)
 class Ready:
-    """A loaded model with its tokenizer and one running cache."""
+    """A model that answers, and what people call it."""
 
     name: str
-    loaded: Loaded
-    tokenizer: Tokenizer
-    conversation: Conversation
+    engine: Engine
     is_demo: bool = False
+
+    @property
+    def loaded(self) -> Loaded:
+        """What is in memory."""
+        assert self.engine.loaded, "a chat does not let go of its model"
+        return self.engine.loaded
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -110,7 +116,7 @@ class Ready:
         if self.loaded.streaming:
             budget = shown_bytes(plan.budget_bytes)
             memory = f"{plan.slots_per_layer} of {self.loaded.config.num_local_experts} experts in memory, {budget}"
-        return f"{self.name} · {self.loaded.dtype} · {memory} · context {self.conversation.context:,}"
+        return f"{self.name} · {self.loaded.dtype} · {memory} · context {self.engine.context:,}"
 
 
 def shown_bytes(count: int) -> str:
@@ -183,7 +189,13 @@ class Session:
         self.turns: list[Turn] = []
         self.waiting = ""
         self.stats = False
-        self.usage: Usage | None = None
+        self.ended: Done | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ready.engine.close()
 
     def handle(self, line: str) -> Outcome:
         """Take a line the person entered: a message, or a command; raises `MixtralError` and changes nothing."""
@@ -206,29 +218,34 @@ class Session:
         *,
         on_prompt: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> Iterator[Chunk]:
-        """Answer the waiting message; raises `MixtralError` before the first chunk, with the message left waiting."""
-        from .generate import stream_generate
+    ) -> Iterator[str]:
+        """Answer the waiting message, text as it comes; raises `MixtralError` with the message left waiting.
 
-        chunks = stream_generate(
-            self.ready.loaded.model,
-            self.ready.tokenizer,
-            self._prompt(),
-            self.sampling(),
-            conversation=self.ready.conversation,
-            on_prompt=on_prompt,
-            cancelled=cancelled,
-        )
-        return self._listen(chunks)
+        `on_prompt(done, total)` tells how much of the prompt is read; `cancelled` is asked whenever something comes."""
+        from .engine.request import Request
 
-    def _listen(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        text = ""
+        reply = self.ready.engine.submit(Request(tuple(self._prompt()), self.sampling()))
+        return self._listen(reply, on_prompt or (lambda done, total: None), cancelled or (lambda: False))
+
+    def _listen(
+        self, reply: Reply, on_prompt: Callable[[int, int], None], cancelled: Callable[[], bool]
+    ) -> Iterator[str]:
+        from .engine.request import Done, PromptProgress, Text, Token
+
+        text, is_stopped, self.ended = "", False, None
         try:
-            with mlx_failures():
-                for chunk in chunks:
-                    text += chunk.text
-                    self.usage = chunk.usage
-                    yield chunk
+            with reply:
+                for event in reply:
+                    if not is_stopped and cancelled():
+                        is_stopped = True
+                        reply.cancel()
+                    if isinstance(event, Done):
+                        self.ended = replace(event, finish_reason="cancelled") if is_stopped else event
+                    elif isinstance(event, PromptProgress):
+                        on_prompt(event.done, event.total)
+                    elif isinstance(event, Token | Text) and not is_stopped:
+                        text += event.text
+                        yield event.text
         finally:
             # A reply without a word cannot stand in a conversation; the message waits for another try.
             if text.strip():
@@ -241,24 +258,27 @@ class Session:
 
         return Sampling(**{**self.ready.defaults, **self.settings})
 
-    def remark(self, last: Chunk) -> str:
-        """What there is to say about how a reply ended, if anything."""
+    def remark(self) -> str:
+        """What there is to say about how the last reply ended, if anything."""
         if self.waiting:
             return "[no reply; /regen asks again, /edit changes the message]"
-        if last.finish_reason == "cancelled":
+        if self.ended is None:
+            return ""
+        if self.ended.finish_reason == "cancelled":
             return "[stopped]"
-        if last.finish_reason == "length":
-            used, room = last.usage.prompt_tokens + last.usage.completion_tokens, self.ready.conversation.context
+        if self.ended.finish_reason == "length":
+            usage, room = self.ended.usage, self.ready.engine.context
+            used = usage.prompt_tokens + usage.completion_tokens
             if used >= room:
                 return f"[the context is full, {used:,} of {room:,} tokens: /drop N forgets the N oldest turns]"
-            return f"[cut off after {last.usage.completion_tokens:,} tokens, see /set max_tokens]"
+            return f"[cut off after {usage.completion_tokens:,} tokens, see /set max_tokens]"
         return ""
 
     def statistics(self) -> str:
         """Speed, first-token time and memory of the last reply, in a line."""
-        if self.usage is None:
+        if self.ended is None:
             return "No reply yet."
-        use = self.usage
+        use: Usage = self.ended.usage
         return (
             f"[{use.completion_tokens:,} tokens, {use.generation_tps:.1f} tok/s · "
             f"first token {use.prompt_seconds:.2f} s · "
@@ -280,7 +300,7 @@ class Session:
 
     def _prompt(self) -> list[int]:
         prompt = self._encoded(self.turns)
-        room = self.ready.conversation.context
+        room = self.ready.engine.context
         if len(prompt) >= room:
             raise ChatError(
                 f"The conversation with this message is {len(prompt):,} tokens long, the context holds {room:,}.",
@@ -293,11 +313,11 @@ class Session:
         messages = [Message("system", self.system)] if self.system else []
         for turn in turns:
             messages += [Message("user", turn.user), Message("assistant", turn.reply)]
-        return self.ready.tokenizer.encode_chat([*messages, Message("user", self.waiting)])
+        return self.ready.engine.tokenizer.encode_chat([*messages, Message("user", self.waiting)])
 
     def _what_to_drop(self) -> str:
         """The fewest oldest turns to forget so that an eighth of the context is free for the answer."""
-        target = self.ready.conversation.context * 7 // 8
+        target = self.ready.engine.context * 7 // 8
         sizes = range(1, len(self.turns) + 1)
         index = bisect_left(sizes, True, key=lambda n: len(self._encoded(self.turns[n:])) <= target)
         if index == len(sizes):
@@ -338,8 +358,8 @@ class Session:
         return Outcome(f"{name} = {_shown_setting(getattr(self.sampling(), name))}")
 
     def clear(self, argument: str) -> Outcome:
-        self.turns, self.waiting, self.usage = [], "", None
-        self.ready.conversation.clear()
+        self.turns, self.waiting, self.ended = [], "", None
+        self.ready.engine.forget()
         return Outcome("The conversation is empty. System prompt and settings stay.")
 
     def regen(self, argument: str) -> Outcome:
@@ -393,7 +413,9 @@ class Session:
 
     def model(self, argument: str) -> Outcome:
         if argument:
-            self.ready = self.open_model(argument, self.ready.loaded.weights_bytes)
+            before = self.ready
+            self.ready = self.open_model(argument, before.loaded.weights_bytes)
+            before.engine.close()
         return Outcome(str(self.ready))
 
     def exit(self, argument: str) -> Outcome:

@@ -20,8 +20,8 @@ import platformdirs
 import pytest
 from rich.cells import cell_len
 
-from mixtral_mlx.chat import ModelChoice, open_model
 from mixtral_mlx.cli import main
+from mixtral_mlx.opening import ModelChoice, open_engine
 from mixtral_mlx.session import Session
 from mixtral_mlx.weights import save
 
@@ -84,7 +84,9 @@ def words(folder: Path, *messages: str, tokens: int = 20) -> list[str]:
     def no_other(name: str, beside: int) -> Any:
         raise AssertionError
 
-    session = Session(open_model(ModelChoice(str(folder))), no_other, settings={"temperature": 0, "max_tokens": tokens})
+    session = Session(
+        open_engine(ModelChoice(str(folder))), no_other, settings={"temperature": 0, "max_tokens": tokens}
+    )
     for message in messages:
         session.say(message)
         list(session.reply())

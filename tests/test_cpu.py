@@ -18,9 +18,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mixtral_mlx import cpu
-from mixtral_mlx.chat import ModelChoice, open_model
 from mixtral_mlx.config import Config, Packing, Quantization
 from mixtral_mlx.model import Model
+from mixtral_mlx.opening import ModelChoice, open_model
 from mixtral_mlx.weights import load
 
 from .checkpoints import Q4, TINY, random_model, write_tiny

@@ -258,7 +258,7 @@ def check_mix(together: Engine, alone: Engine, seed: int) -> None:
         assert list(result.logprobs) == pytest.approx(list(expected.logprobs[:length]), abs=1e-3)
 
 
-@pytest.fixture(scope="module", params=["resident", "streamed"])
+@pytest.fixture(scope="module", params=["resident", "running ahead", "streamed"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Engine]]:
     """An engine for many requests, and one that answers one at a time and remembers nothing."""
     folder = locate(None)
@@ -266,6 +266,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Engine]]:
     if request.param == "streamed":
         plan = replace(plan, mode="streamed", slots=(3, 4, 3, 5))
     with load(folder, memory=plan) as together, load(folder, prefix_memory=0, max_concurrent=1) as alone:
+        if request.param == "running ahead":
+            assert together._worker.opened
+            together._worker.opened.loaded.model.runs_ahead = True  # As on Metal; the results are the same here.
         yield together, alone
 
 
@@ -509,14 +512,14 @@ class Held:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.go = threading.Event(), threading.Event()
-        run = Worker._pass
+        launch = Worker._launch
 
-        def held(worker: Worker, group: Any) -> None:
+        def held(worker: Worker, group: Any) -> Any:
             self.entered.set()
             assert self.go.wait(30)
-            run(worker, group)
+            return launch(worker, group)
 
-        monkeypatch.setattr(Worker, "_pass", held)
+        monkeypatch.setattr(Worker, "_launch", held)
 
 
 def test_a_request_that_waits_is_cancelled_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -674,10 +677,10 @@ def failing_once(where: str, after: int) -> Iterator[list[str]]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes." if where == "memory" else "boom")
         return batch_run(model, parts)
 
-    def sample(self: Answering, logits: mx.array) -> Any:
+    def sample(self: Answering, logits: mx.array, ahead: int = 0) -> Any:
         if now(str(self.request.sampling.seed)):
             raise ValueError("boom")
-        return answering_sample(self, logits)
+        return answering_sample(self, logits, ahead)
 
     def mask(self: Matcher) -> Any:
         if now():
@@ -733,7 +736,7 @@ def test_what_fails_ends_alone_and_the_engine_answers_the_next(pair: tuple[Engin
 
 @pytest.mark.long
 def test_300_failures(pair: tuple[Engine, Engine]) -> None:
-    assert sum(fail_somewhere(*pair, seed) > 0 for seed in range(1000, 1150)) > 75
+    assert sum(fail_somewhere(*pair, seed) > 0 for seed in range(1000, 1100)) > 50
 
 
 def test_a_model_that_cannot_be_loaded_again_fails_requests_and_is_tried_anew(tmp_path: Path) -> None:

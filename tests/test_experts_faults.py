@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 
 from mixtral_mlx import cli
-from mixtral_mlx.chat import ModelChoice, open_model
 from mixtral_mlx.config import MixtralError
+from mixtral_mlx.engine.engine import load as load_engine
 from mixtral_mlx.experts import ExpertsError
 from mixtral_mlx.experts.readers import Load, Readers
+from mixtral_mlx.generate import Conversation
+from mixtral_mlx.opening import Plain
+from mixtral_mlx.prompt import Tokenizer
 from mixtral_mlx.session import Ready, Session
 from mixtral_mlx.weights import Loaded, load, locate
 
@@ -176,19 +179,26 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_error_in_the_middle_of_a_reply_leaves_the_chat_usable(faults: Any, talking: Path) -> None:
-    ready = open_model(ModelChoice(str(talking)))
-    session, fresh = (
-        Session(each, _no_other, settings={"temperature": 0.0, "max_tokens": 12}) for each in (ready, ready)
-    )
-    with streamed(talking, 2) as loaded:
-        session.ready = Ready(ready.name, loaded, ready.tokenizer, type(ready.conversation)(loaded.model))
+    plan = load(talking).plan
+    settings = {"temperature": 0.0, "max_tokens": 400}
+    with (
+        Session(Ready("resident", load_engine(talking)), _no_other, settings=settings) as fresh,
+        Session(
+            Ready(
+                "streamed",
+                load_engine(talking, memory=replace(plan, mode="streamed", slots=(2,) * Q4.num_hidden_layers)),
+            ),
+            _no_other,
+            settings=settings,
+        ) as session,
+    ):
         session.handle("Hello")
         disk = faults.Disk([faults.failing(errno.EIO)], 1 << 30, 1 << 30)
         shown: list[str] = []
 
         def listen() -> None:
-            for chunk in session.reply():
-                shown.append(chunk.text)
+            for text in session.reply():
+                shown.append(text)
                 disk.start = 0
 
         with faults.in_place_of_reads(disk), pytest.raises(MixtralError) as caught:
@@ -196,6 +206,7 @@ def test_an_error_in_the_middle_of_a_reply_leaves_the_chat_usable(faults: Any, t
         assert caught.value.code == "read_failed"
         assert "".join(turn.reply for turn in session.turns).strip() == "".join(shown).strip() != ""
         for each in (session, fresh):
+            each.settings["max_tokens"] = 12
             each.handle("/clear")
             each.handle("Hello")
             list(each.reply())
@@ -212,8 +223,7 @@ def test_generate_says_what_failed_and_exits_with_1(
 ) -> None:
     (file,) = talking.glob("*.safetensors")
     with streamed(talking, 2) as loaded:
-        ready = open_model(ModelChoice(str(talking)))
-        broken = Ready(ready.name, loaded, ready.tokenizer, type(ready.conversation)(loaded.model))
+        broken = Plain(loaded, Tokenizer.read(talking), Conversation(loaded.model))
         monkeypatch.setattr(cli, "open_model", lambda choice: broken)
         with faults.in_place_of_reads(faults.Disk([faults.failing(errno.EIO)], 20, 1 << 30)):
             line = ["generate", "--model", str(talking), "--prompt", "Hello there, how are you?"]

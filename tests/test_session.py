@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from mixtral_mlx import generate
-from mixtral_mlx.chat import ModelChoice, open_model
 from mixtral_mlx.config import MixtralError
-from mixtral_mlx.generate import Chunk, Sampling
+from mixtral_mlx.engine import batch
+from mixtral_mlx.engine.request import Done
+from mixtral_mlx.generate import Sampling
+from mixtral_mlx.opening import ModelChoice, open_engine
 from mixtral_mlx.session import COMMANDS, SETTINGS, Ready, Session, Turn, parse_setting
 
 from .checkpoints import TINY, write_tiny
@@ -34,9 +36,9 @@ def v3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def session_with(folder: Path, **choice: Any) -> Session:
     def other(name: str, beside_bytes: int) -> Ready:
-        return open_model(ModelChoice(name), beside_bytes=beside_bytes)
+        return open_engine(ModelChoice(name), beside_bytes=beside_bytes)
 
-    ready = open_model(ModelChoice(str(folder), **choice))
+    ready = open_engine(ModelChoice(str(folder), **choice))
     return Session(ready, other, settings={"temperature": 0.0, "max_tokens": 12})
 
 
@@ -45,13 +47,14 @@ def session(folder: Path) -> Session:
     return session_with(folder)
 
 
-def ask(session: Session, line: str, stop_after: int | None = None) -> list[Chunk]:
-    """Enter a line and read the reply to its end, or cancel it after some tokens."""
+def ask(session: Session, line: str, stop_after: int | None = None) -> Done:
+    """Enter a line and read the reply to its end, or cancel it after some tokens; returns how it ended."""
     assert session.handle(line).answer
-    seen: list[Chunk] = []
-    for chunk in session.reply(cancelled=lambda: stop_after is not None and len(seen) >= stop_after):
-        seen.append(chunk)
-    return seen
+    seen: list[str] = []
+    for text in session.reply(cancelled=lambda: stop_after is not None and len(seen) >= stop_after):
+        seen.append(text)
+    assert session.ended
+    return session.ended
 
 
 def code_of(action: Callable[[], object]) -> str:
@@ -67,22 +70,26 @@ def state(session: Session) -> object:
 @pytest.mark.parametrize("version", ["v1", "v3"])
 def test_a_follow_up_reads_only_what_is_new(version: str, folder: Path, v3_folder: Path) -> None:
     session = session_with(folder if version == "v1" else v3_folder)
-    first = ask(session, "Hello there")[-1].usage
-    held = list(session.ready.conversation.tokens)
+    session.handle("Hello there")
+    first = session._prompt()
+    said = session.ready.engine.complete(first, max_tokens=12).result().tokens
+    session.ready.engine.forget()
+    assert ask(session, "Hello there").usage.cached_tokens == 0
+    held = [*first, *said[:-1]]  # Of the last token nothing has been computed yet.
     session.handle("And now?")
     prompt = session._prompt()
     common = next((n for n, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), len(held))
-    usage = list(session.reply())[-1].usage
-    assert usage.cached_tokens == common >= first.prompt_tokens
+    usage = ask(session, "And now?").usage
+    assert usage.cached_tokens == common >= len(first)
     assert usage.prompt_tokens == len(prompt)
 
 
 def test_a_stopped_reply_stays_and_the_next_answer_is_that_of_a_fresh_conversation(
     session: Session, folder: Path
 ) -> None:
-    last = ask(session, "Tell me something", stop_after=4)[-1]
+    last = ask(session, "Tell me something", stop_after=4)
     assert last.finish_reason == "cancelled"
-    assert session.remark(last) == "[stopped]"
+    assert session.remark() == "[stopped]"
     assert [turn.user for turn in session.turns] == ["Tell me something"]
     fresh = session_with(folder)
     fresh.turns = list(session.turns)
@@ -92,9 +99,9 @@ def test_a_stopped_reply_stays_and_the_next_answer_is_that_of_a_fresh_conversati
 
 
 def test_a_reply_stopped_before_its_first_word_leaves_the_message_waiting(session: Session) -> None:
-    last = ask(session, "Hello", stop_after=0)[-1]
+    ask(session, "Hello", stop_after=0)
     assert (session.turns, session.waiting) == ([], "Hello")
-    assert "/regen" in session.remark(last)
+    assert "/regen" in session.remark()
     ask(session, "/regen")
     assert [turn.user for turn in session.turns] == ["Hello"]
 
@@ -117,7 +124,7 @@ def test_regen_edit_undo_drop_and_clear(session: Session) -> None:
     ask(session, "four")
     session.handle("/clear")
     assert session.turns == []
-    assert session.ready.conversation.tokens == []
+    assert session.ready.engine.memory().prefix_bytes == 0
 
 
 @pytest.mark.parametrize(("line", "message"), [("plain", "plain"), ("//etc/hosts?", "/etc/hosts?"), ("// x", "/ x")])
@@ -303,11 +310,13 @@ def test_a_message_longer_than_the_context_is_refused_by_its_length(folder: Path
 def test_a_reply_that_fills_the_context_says_so(folder: Path) -> None:
     session = session_with(folder, context=24)
     session.handle("/set max_tokens default")
-    assert session.remark(ask(session, "Hi")[-1]).startswith("[the context is full, 24 of 24 tokens")
+    ask(session, "Hi")
+    assert session.remark().startswith("[the context is full, 24 of 24 tokens")
 
 
 def test_a_reply_cut_by_max_tokens_says_so(session: Session) -> None:
-    assert session.remark(ask(session, "Hi")[-1]) == "[cut off after 12 tokens, see /set max_tokens]"
+    ask(session, "Hi")
+    assert session.remark() == "[cut off after 12 tokens, see /set max_tokens]"
 
 
 def test_the_statistics_name_speed_first_token_cache_and_memory(session: Session) -> None:
@@ -338,14 +347,12 @@ def test_a_model_that_does_not_fit_beside_the_present_one_is_refused(
 def test_a_failure_of_mlx_is_an_error_and_the_conversation_goes_on(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = session.ready.loaded.model
-
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("[malloc] Unable to allocate")
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(model), "__call__", out_of_memory)
-        assert code_of(lambda: ask(session, "Hello")) == "mlx_failed"
+        patched.setattr(batch, "run", out_of_memory)
+        assert code_of(lambda: ask(session, "Hello")) == "out_of_memory"
     assert session.waiting == "Hello"
     ask(session, "/regen")
     assert len(session.turns) == 1

@@ -159,14 +159,28 @@ class Answering:
             guess = self._speculation.draft(min(most, most_drafted), other_rows)
         return guess[: self._matcher.valid(guess)] if guess and self._matcher else guess
 
+    def to_run_ahead(self, chosen: Sequence[Sampled]) -> Part | None:
+        """The token of `chosen`, which nobody has seen yet, for the pass after that; None where it has to be seen."""
+        seen = (
+            self.is_reading
+            or self.request.max_kv  # A window that has turned cannot take it back.
+            or self._matcher
+            or self._speculation
+            or self._sampler.processors
+            or self.limit - self.place < 2
+        )
+        return None if seen or len(chosen) != 1 else Part(chosen[0][0], self.cache, 1)
+
     # What comes of it.
 
-    def results(self, part: Part, rows: mx.array) -> list[Sampled]:
-        """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet."""
+    def results(self, part: Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
+        """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet.
+
+        `ahead` is how many tokens before `part` nobody has seen yet."""
         if not len(rows):
             return []
         if not self.is_reading:
-            return self.sample(rows)
+            return self.sample(rows, ahead)
         if self.request.purpose == "embed":
             return [(rows.astype(mx.float32).sum(axis=0),)]
         end = self.read + len(part.ids)
@@ -191,10 +205,10 @@ class Answering:
                 self.channel.put(Embedding(tuple((self._hidden / len(self.tokens)).tolist())))
             self.finish("stop")
 
-    def sample(self, logits: mx.array) -> list[Sampled]:
+    def sample(self, logits: mx.array, ahead: int = 0) -> list[Sampled]:
         """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""
         return [
-            self._sampler.sample(logits[n : n + 1], self.place + n, self._before(n), allowed)
+            self._sampler.sample(logits[n : n + 1], self.place + ahead + n, self._before(n), allowed)
             for n, allowed in enumerate(self._allowed())
         ]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class Part:
     """What one sequence puts into a pass: ids to be read into its `cache`; `wanted` logits, those of the last ones.
 
-    With `hidden`, the hidden states of the last ones instead."""
+    With `hidden`, the hidden states of the last ones instead. Ids that are still being computed are an array (T,)."""
 
-    ids: Sequence[int]
+    ids: Sequence[int] | mx.array
     cache: Sequence[Any]
     wanted: int
     hidden: bool = False
@@ -38,12 +38,19 @@ def run(model: Model, parts: Sequence[Part]) -> list[mx.array]:
 
     Its ids are in its cache then."""
     if len(parts) == 1:
-        hidden = model.model(mx.array([list(parts[0].ids)]), parts[0].cache)
+        hidden = model.model(_ids(parts), parts[0].cache)
     else:
         lengths = [len(part.ids) for part in parts]
         caches = [SideBySide(layer, lengths) for layer in zip(*(part.cache for part in parts), strict=True)]
-        hidden = model.model(mx.array([[token for part in parts for token in part.ids]]), caches)
+        hidden = model.model(_ids(parts), caches)
     return _wanted(model, hidden[0], parts)
+
+
+def _ids(parts: Sequence[Part]) -> mx.array:
+    """Those of all parts, (1, N)."""
+    if any(isinstance(part.ids, mx.array) for part in parts):
+        return mx.concatenate([mx.array(cast(Any, part.ids)) for part in parts])[None]
+    return mx.array([[token for part in parts for token in part.ids]])
 
 
 def _wanted(model: Model, hidden: mx.array, parts: Sequence[Part]) -> list[mx.array]:

@@ -18,7 +18,7 @@ from ..config import Config
 from ..generate import GenerateError, Sampling, check_kv_bits, room_after
 from ..memory import CRITICAL, NORMAL, WARNING, Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
-from ..weights import Checkpoint, Progress, locate, relief
+from ..weights import Checkpoint, Loaded, Progress, locate, relief
 from ..weights import load as load_weights
 from .adapters import Adapter, put, take_out
 from .answering import Answering
@@ -104,6 +104,7 @@ class Loading:
     kv_bits: int | None
     prefix_bytes: int | None
     progress: Progress | None
+    cancelled: Callable[[], bool]
 
 
 class Engine:
@@ -299,6 +300,12 @@ class Engine:
     # How it is.
 
     @property
+    def loaded(self) -> Loaded | None:
+        """What is in memory, and how; None while nothing is. To be looked at only: its arrays are the engine's."""
+        opened = self._worker.opened
+        return opened.loaded if opened else None
+
+    @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         return self._opener.context
@@ -342,6 +349,10 @@ class Engine:
             queued=worker.queued,
             step_seconds=time.monotonic() - since if since else 0.0,
         )
+
+    def forget(self) -> None:
+        """Let go of what is kept in memory of prompts that were read; the next ones are read anew, or from disk."""
+        self._worker.call(lambda opened: self._prefixes.clear()).result()
 
     def load(self) -> None:
         """Bring the model into memory now rather than with the next request. Raises `MixtralError`."""
@@ -395,6 +406,7 @@ def load(
     deterministic: bool = False,
     offline: bool = False,
     progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> Engine:
     """A model ready to answer: a folder, a repository on Hugging Face, or the demo model for None.
 
@@ -403,9 +415,10 @@ def load(
     quantizes keys and values of requests without a window. `adapter` is for `use_adapter`. What prompts have in common
     is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in `cache_dir` over
     restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with the next request.
-    `progress` is called with bytes done and in all, on the engine's thread. Raises `MixtralError`."""
+    While weights are read, `progress` is called with bytes done and in all, on the engine's thread, and `cancelled` is
+    asked whether to give up. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s)
-    loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress)
+    loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never)
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else None
     name = "demo" if model is None else str(model)
@@ -440,7 +453,7 @@ class _Opener:
             context=how.context,
             kv_bits=how.kv_bits,
             on_progress=how.progress,
-            cancelled=cancelled,
+            cancelled=lambda: cancelled() or how.cancelled(),
         )
         plan = loaded.plan
         resident = plan.mode == "resident"
@@ -544,6 +557,10 @@ def _made(cls: type[_T], given: _T | Mapping[str, Any], what: str) -> _T:
         return cls(**given)  # type: ignore[arg-type]
     except TypeError as error:
         raise GenerateError(f"There is no such {what}: {error}.", code="bad_message") from None
+
+
+def _never() -> bool:
+    return False
 
 
 def _size(size: str | _T) -> int | _T:

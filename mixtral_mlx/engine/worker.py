@@ -82,6 +82,15 @@ class Opened:
     all_kv_bytes: int
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A pass under way since `begun`: who is in it with what, and what will come of each."""
+
+    group: Sequence[tuple[Answering, batch.Part]]
+    results: Sequence[list[Sampled]]
+    begun: float
+
+
 class Worker:
     """Answers requests on a thread of its own, on which `open_model` loads the model when it is needed.
 
@@ -113,6 +122,8 @@ class Worker:
         self._closing = False
         self._unload_when_idle = False
         self._running: list[Answering] = []
+        self._ahead: _Launched | None = None
+        self._last_pass_end = 0.0
         self._turn = 0
         self._footprints: dict[int | None, Footprint] = {}
         self._thread_id: int | None = None
@@ -266,8 +277,12 @@ class Worker:
             self._calls_between.popleft()[0]()
         self._admit()
         self._make_room()
+        if self._ahead:
+            self._finish(self._ahead)
+            return
         for group in self._groups():
-            self._pass(group)
+            if launched := self._launch(group):
+                self._finish(launched)
 
     def _open(self) -> Opened:
         if self._closing:
@@ -443,23 +458,56 @@ class Worker:
 
     # A pass.
 
-    def _pass(self, group: Sequence[tuple[Answering, batch.Part]]) -> None:
+    def _launch(self, group: Sequence[tuple[Answering, batch.Part]]) -> _Launched | None:
+        """Describe a pass to MLX; None where that already failed."""
         assert self.opened
         begun = time.perf_counter()
         try:
             logits = batch.run(self.opened.loaded.model, [part for _, part in group])
-            results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
+        except BaseException as error:
+            self._break_off([answering for answering, _ in group], error)
+            return None
+        results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
+        return _Launched(group, results, begun)
+
+    def _finish(self, launched: _Launched) -> None:
+        """Wait for a pass and hand out what came of it, the next one under way meanwhile where that is possible."""
+        group, results = launched.group, launched.results
+        self._ahead = None
+        try:
+            following = self._launch_ahead(launched)
             mx.eval(results, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
-        self._account(group, time.perf_counter() - begun)
+        self._account(launched)
         for (answering, part), some in zip(group, results, strict=True):
             self._hand_out(answering, part, some)
+        if following and any(not answering.finished for answering, _ in following.group):
+            self._ahead = following
 
-    def _results(self, answering: Answering, part: batch.Part, rows: mx.array) -> list[Sampled]:
+    def _launch_ahead(self, launched: _Launched) -> _Launched | None:
+        """The pass after `launched`, begun before anybody has seen the tokens that go into it."""
+        assert self.opened
+        if not self.opened.loaded.model.runs_ahead or self.limits.deterministic:
+            return None
+        if len(self._running) > len(launched.group):
+            return None  # Somebody has come, and is to be in the next pass.
+        group = [
+            (answering, part)
+            for (answering, _), results in zip(launched.group, launched.results, strict=True)
+            if (part := answering.to_run_ahead(results)) and not answering.finished
+        ]
+        if len(group) < len(launched.group):
+            return None  # What the others need has to be seen first.
+        logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+        results = [self._results(a, part, rows, ahead=1) for (a, part), rows in zip(group, logits, strict=True)]
+        mx.async_eval(results)
+        return _Launched(group, results, time.perf_counter())
+
+    def _results(self, answering: Answering, part: batch.Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
         try:
-            return answering.results(part, rows)
+            return answering.results(part, rows, ahead)
         except Exception as error:  # A grammar's or a sampler's: this request's alone.
             self._end(answering, error)
             return []
@@ -487,7 +535,10 @@ class Worker:
         if any(_begin_alike(answering, other) for other in waiting):
             self._keep(answering)
 
-    def _account(self, group: Sequence[tuple[Answering, batch.Part]], seconds: float) -> None:
+    def _account(self, launched: _Launched) -> None:
+        group, now = launched.group, time.perf_counter()
+        seconds = now - max(launched.begun, self._last_pass_end)
+        self._last_pass_end = now
         read = sum(len(part.ids) for answering, part in group if answering.is_reading)
         self.counts.prompt_tokens += read
         self.counts.passes += 1
@@ -540,6 +591,7 @@ class Worker:
         answering.cache = []
 
     def _break_off(self, those: Sequence[Answering], error: BaseException) -> None:
+        self._ahead = None
         for answering in list(those):
             if not answering.finished:
                 self._end(answering, error)

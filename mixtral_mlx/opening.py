@@ -1,0 +1,169 @@
+"""Opening a model from a command line: which one and how, with a bar, and with what there is to say about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .session import ChatError, Ready, shown_bytes
+from .terminal import Bar, CtrlC, notice
+
+if TYPE_CHECKING:
+    from .generate import Conversation
+    from .prompt import Tokenizer
+    from .weights import Loaded
+
+LONG_PROMPT = 512
+"""Tokens of a prompt that take long enough to read that a bar says so."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to open and how; a `name` of None is the built-in demo, `wired` one of `memory.WIRINGS`."""
+
+    name: str | None = None
+    dtype: str = "auto"
+    kv_bits: int | None = None
+    context: int | None = None
+    memory_bytes: int | None = None
+    wired: str = "off"
+    offline: bool = False
+    quiet: bool = False
+
+
+@contextmanager
+def wired(choice: ModelChoice) -> Iterator[None]:
+    """Keep the memory of whatever model is in use wired while entered, if `choice` asks for it: around all of its use.
+
+    Raises `MachineError`, before anything is loaded."""
+    if choice.wired == "off":
+        yield
+        return
+    with notice("Starting MLX …", quiet=choice.quiet):
+        from .memory import default_budget, machine, wire
+
+        budget = choice.memory_bytes or default_budget(machine(ask_metal=True))
+    with wire(choice.wired, budget):
+        yield
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A model for the plain path, on this thread, with its tokenizer and one running cache."""
+
+    loaded: Loaded
+    tokenizer: Tokenizer
+    conversation: Conversation
+
+
+def open_model(choice: ModelChoice) -> Plain:
+    """Load a model, with a progress bar; the first Ctrl-C stops it between two reads. Raises `MixtralError`."""
+    with notice("Starting MLX …", quiet=choice.quiet):
+        from . import cpu
+        from .generate import Conversation
+        from .prompt import Tokenizer
+        from .weights import load, locate
+    folder = _fetched(locate, choice)
+    with CtrlC() as stopped, _loading(choice) as bar:
+        tokenizer = Tokenizer.read(folder)
+        loaded = load(
+            folder,
+            dtype=choice.dtype,
+            memory=choice.memory_bytes,
+            context=choice.context,
+            kv_bits=choice.kv_bits,
+            on_progress=bar,
+            cancelled=stopped,
+        )
+    if cpu.is_available() and cpu.has_to_compile(loaded.model):
+        with _compiling(choice):
+            cpu.compile_for(loaded.model)
+    _say_note(loaded, choice)
+    plan = loaded.plan
+    return Plain(
+        loaded,
+        tokenizer,
+        Conversation(loaded.model, kv_bits=choice.kv_bits, context=plan.context, chunk_tokens=plan.chunk_tokens),
+    )
+
+
+def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -> Ready:
+    """Load a model into an engine of its own, with a progress bar; the first Ctrl-C stops it between two reads.
+
+    `beside_bytes` are taken by a model that stays in memory, `options` are others of `mixtral_mlx.load`. Raises
+    `MixtralError`."""
+    with notice("Starting MLX …", quiet=choice.quiet):
+        from . import cpu
+        from .engine.engine import load
+        from .memory import default_budget, machine
+        from .weights import locate
+    folder = _fetched(locate, choice)
+    memory = choice.memory_bytes
+    if beside_bytes:
+        memory = _left_beside(beside_bytes, memory or default_budget(machine(ask_metal=True)))
+    with CtrlC() as stopped, _loading(choice) as bar:
+        engine = load(
+            folder,
+            dtype=choice.dtype,
+            memory=memory,
+            context=choice.context,
+            kv_bits=choice.kv_bits,
+            progress=bar,
+            cancelled=stopped,
+            **options,
+        )
+    is_demo = folder == locate(None)
+    ready = Ready("the demo model" if is_demo else _model_name(choice.name or "", folder), engine, is_demo)
+    if cpu.is_available() and cpu.has_to_compile(ready.loaded.model):
+        with _compiling(choice):
+            engine.complete([1] * _FOR_ALL_KERNELS, max_tokens=2).result()
+    _say_note(ready.loaded, choice)
+    return ready
+
+
+_FOR_ALL_KERNELS = 17
+"""Tokens of a prompt that, with one more, has every kernel compiled."""
+
+
+def _fetched(locate: Callable[..., Path], choice: ModelChoice) -> Path:
+    if choice.quiet or not sys.stderr.isatty():
+        _silence_downloads()
+    return locate(choice.name, offline=choice.offline)
+
+
+def _loading(choice: ModelChoice) -> Bar:
+    return Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes")
+
+
+def _compiling(choice: ModelChoice) -> AbstractContextManager[None]:
+    return notice("Compiling for this processor, once …", quiet=choice.quiet)
+
+
+def _say_note(loaded: Loaded, choice: ModelChoice) -> None:
+    if loaded.note and not choice.quiet:
+        print(loaded.note, file=sys.stderr, flush=True)
+
+
+def _silence_downloads() -> None:
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+
+
+def _model_name(name: str, folder: Path) -> str:
+    return folder.resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def _left_beside(held: int, budget: int) -> int:
+    """What a model may use while another holds `held` bytes, until it takes that one's place."""
+    if held >= budget:
+        raise ChatError(
+            f"The model in use holds {shown_bytes(held)} of {shown_bytes(budget)}: there is no room for another.",
+            code="too_large",
+            hint="Save the conversation, leave, and start again with --model.",
+        )
+    return budget - held
