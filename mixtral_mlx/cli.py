@@ -893,16 +893,12 @@ def _helper(arguments: list[str]) -> int:
     _add_model(parser, "none: wait for a message")
     _add_engine(parser)
     parsed = parser.parse(arguments)
-    if parsed.serve:
-        raise UsageError(
-            f"--serve is not part of mixtral-mlx {__version__}.", code="not_available", hint="Leave it out."
-        )
     from .helper.helper import Options, run
 
     model = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
     loading = {name: getattr(parsed, name) for name in _LOADING if getattr(parsed, name) is not None}
     with wired(ModelChoice(memory_bytes=parsed.memory, wired=parsed.wired, quiet=True)):
-        run(Options(model, loading, parsed.parent_pid, parsed.log))
+        run(Options(model, loading, parsed.serve, parsed.parent_pid, parsed.log))
 
 
 _LOADING = (
@@ -923,7 +919,7 @@ def _add_engine(parser: _Parser) -> None:
     group.add_argument("--cache-dir", metavar="FOLDER", help="keep prompts over restarts here")
     group.add_argument("--cache-size", type=_size, metavar="SIZE", help="most that is kept there (10GB)")
     group.add_argument(
-        "--idle-unload", type=_count(0), dest="idle_unload_s", metavar="S", help="let the model go after S idle seconds"
+        "--idle-unload", type=_seconds, dest="idle_unload_s", metavar="S", help="let the model go after S idle seconds"
     )
     group.add_argument(
         "--deterministic", action="store_true", default=None, help="the same bits whatever else is answered; slower"

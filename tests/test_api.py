@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
     "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "weights"},
-    "helper": {"config", "engine", "memory", "prompt", "protocol"},
+    "helper": {"__version__", "config", "engine", "memory", "prompt", "protocol", "server"},
     "protocol": {"config", "engine", "generate", "prompt"},
 }
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
+import openai
 import pytest
 from jsonschema import Draft202012Validator
 
@@ -39,9 +40,10 @@ FROM_HELPER = {
 }
 """By the type of message, which is many times as fast as to try all."""
 TO_HELPER = validator("Incoming")
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: Any = [{"role": "user", "content": "Hello"}]
 ENDLESS = {"messages": HELLO, "max_tokens": 900, "min_tokens": 900}
 """A body whose answer takes long enough to do something meanwhile."""
+LONG = {"min_tokens": 900, "max_tokens": 900}
 
 
 class App:
@@ -536,6 +538,36 @@ def test_what_waited_for_a_slow_reader_comes_in_full_and_in_order() -> None:
         answered = [app.next()["id"] for _ in range(count)]
         assert writer.wait() == 0
     assert answered == [str(number) for number in range(count)]
+
+
+# The HTTP API beside it.
+
+
+def test_serve_opens_the_api_with_a_key_of_its_own_until_the_end() -> None:
+    with started("--serve") as app, started("--serve") as other:
+        serving = [one.ask("1", type="load", model="demo")[-1]["serving"] for one in (app, other)]
+        assert serving[0]["url"] != serving[1]["url"]
+        assert serving[0]["key"] != serving[1]["key"]
+        url, key = serving[0]["url"], serving[0]["key"]
+        assert url.startswith("http://127.0.0.1:")
+        with (
+            openai.OpenAI(base_url=url + "/v1", api_key="guessed", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            client.models.list()
+        with openai.OpenAI(base_url=url + "/v1", api_key=key, max_retries=0) as client:
+            said = client.chat.completions.create(model="demo", messages=HELLO, max_tokens=8)
+            assert said.choices[0].message.content == text(app.chat("2", max_tokens=8))
+            assert app.ask("3", type="unload")[-1]["type"] == "ok"
+            with pytest.raises(openai.InternalServerError):
+                client.chat.completions.create(model="demo", messages=HELLO)
+            app.ask("4", type="load", model="demo")
+            chunks = client.chat.completions.create(model="demo", messages=HELLO, stream=True, extra_body=LONG)
+            next(iter(chunks))
+            app.send(type="shutdown", id="5")
+            with suppress(openai.APIError):
+                list(chunks)
+        assert app.ends() == 0
 
 
 # The end.

@@ -405,7 +405,12 @@ def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> No
         assert route.methods
         for method in sorted({*route.methods, "OPTIONS", "DELETE"}):
             path = route.path.replace("{model:path}", "demo")
-            wrong: tuple[dict[str, str], ...] = ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"x-api-key": "secre"})
+            wrong: tuple[dict[str, str], ...] = (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": "secret"},
+                {"x-api-key": "secre"},
+            )
             for key in wrong:
                 answer = called(app, {**ASKS, **key}, method=method, path=path)
                 assert (answer.status == 401) == (path not in page | {"/health"}), (path, method, answer)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.reply import Reply
     from ..engine.request import Event, Token
+    from ..protocol import Asks
+    from .beside import Beside
 
 T = TypeVar("T")
 LOG_LEVELS = ("debug", "info", "warning")
@@ -47,11 +49,14 @@ _log = logging.getLogger("mixtral_mlx.helper")
 
 @dataclass(frozen=True)
 class Options:
-    """How to start: `model` is loaded at once, None waits for a message. `loading` are arguments of `load` that hold
-    where a message does not name them. `parent_pid` is whose end is this process's; None is who started it."""
+    """How to start: `model` is loaded at once, None waits for a message.
+
+    `loading` are arguments of `load` that hold where a message does not name them. `serve` opens the HTTP API too.
+    `parent_pid` is whose end is this process's; None is who started it."""
 
     model: str | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
+    serve: bool = False
     parent_pid: int | None = None
     log: str = "warning"
 
@@ -91,6 +96,7 @@ class Helper:
         self._engine: Engine | None = None
         self._state = "no_model"
         self._load: _Load | None = None
+        self._beside: Beside | None = None
         self._requests: dict[str, asyncio.Task[None]] = {}
         self._replies: dict[str, list[Reply]] = {}
         self._cancelled: set[str] = set()
@@ -138,6 +144,8 @@ class Helper:
             await asyncio.wait(tasks, timeout=_LAST_EVENTS_S)
         for task in tasks:
             task.cancel()
+        if self._beside:
+            self._beside.end()
         if self._engine:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._in_thread(self._engine.close), _CLOSE_S)
@@ -297,6 +305,8 @@ class Helper:
         began = time.monotonic()
         try:
             await self._do_unload()
+            if self._options.serve and self._beside is None:
+                self._beside = await self._in_thread(_serve_beside)
             working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
             # What is being fetched cannot be stopped; then its thread goes on, and nobody waits for it.
             await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
@@ -306,7 +316,8 @@ class Helper:
             working.add_done_callback(_forget)
             raise _stopped()
         engine = working.result()
-        self._engine, self._state = engine, "ready"
+        self._use(engine, "ready")
+        beside = self._beside
         memory = engine.memory()
         return m.Ready(
             id=request_id,
@@ -316,6 +327,7 @@ class Helper:
             budget_bytes=memory.budget_bytes,
             weights_bytes=memory.weights_bytes,
             load_seconds=time.monotonic() - began,
+            serving=m.Serving(url=beside.url, key=beside.key) if beside else None,
         )
 
     async def _do_unload(self) -> None:
@@ -324,8 +336,14 @@ class Helper:
         health = self._engine.health()
         if health.running or health.queued or self._replies:
             raise _busy("Requests are running.", "Cancel them first, or wait until they have ended.")
-        engine, self._engine, self._state = self._engine, None, "no_model"
+        engine = self._engine
+        self._use(None, "no_model")
         await self._in_thread(engine.close)
+
+    def _use(self, engine: Engine | None, state: str) -> None:
+        self._engine, self._state = engine, state
+        if self._beside:
+            self._beside.use(engine)
 
     async def _notice_states(self) -> None:
         """Say when the engine has let go of its model, or brought it back."""
@@ -411,6 +429,12 @@ class Helper:
 
         threading.Thread(target=done, daemon=True).start()
         return await future
+
+
+def _serve_beside() -> Beside:
+    from .beside import serve_beside
+
+    return serve_beside()
 
 
 class _Load:
@@ -527,7 +551,7 @@ def _asked(engine: Engine, body: dict[str, Any]) -> list[Reply]:
             hint="Leave it out.",
             param=param,
         )
-    call = PARSERS["/v1/chat/completions"](body, engine)
+    call = PARSERS["/v1/chat/completions"](body, cast("Asks", engine))
     return [reply for request, count in call.asked for reply in engine.choices(count, request)]
 
 
