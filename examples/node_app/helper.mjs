@@ -34,8 +34,8 @@ export class Lines {
 }
 
 /**
- * The helper and who watches it. Emits `state` ("starting", "running", "waiting", "stopped", "failed"), `loading` and
- * `model` with messages that nobody asked for, and `log` with lines of its stderr.
+ * The helper and who watches it. Emits `state` ("starting", "running", "waiting", "stopped", "failed") and `log` with
+ * lines of its stderr; with messages that nobody asked for `loading`, `model` (ready, or let go of) and `refused`.
  */
 export class Helper extends EventEmitter {
   #options;

@@ -67,17 +67,17 @@ test("a model is loaded with progress and an answer is streamed", async () => {
 test("two answers at once, one of them stopped, and then another", async () => {
   const helper = await started();
   await helper.load("demo");
-  const alone = await text(helper.chat({ messages: HELLO, max_tokens: 20 }));
+  const alone = await text(helper.chat({ messages: HELLO, max_tokens: 20, temperature: 0 }));
   const stopped = new AbortController();
   let last;
   const endless = (async () => {
     for await (last of helper.chat(ENDLESS, { signal: stopped.signal })) if (last.type === "text") stopped.abort();
   })();
-  assert.equal(await text(helper.chat({ messages: HELLO, max_tokens: 20 })), alone);
+  assert.equal(await text(helper.chat({ messages: HELLO, max_tokens: 20, temperature: 0 })), alone);
   await endless;
   assert.deepEqual(last.finish_reasons, ["cancelled"]);
   for await (const message of helper.chat(ENDLESS)) if (message.type === "text") break; // Leaving cancels as well.
-  assert.equal(await text(helper.chat({ messages: HELLO, max_tokens: 20 })), alone);
+  assert.equal(await text(helper.chat({ messages: HELLO, max_tokens: 20, temperature: 0 })), alone);
   await helper.stop();
 });
 
