@@ -51,7 +51,7 @@ class App:
 
     def __init__(self, *arguments: str, command: tuple[str, ...] = ("-m", "mixtral_mlx", "helper"), **how: Any) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-        self.process = subprocess.Popen([sys.executable, *command, *arguments], bufsize=0, **pipes)
+        self.process: subprocess.Popen[bytes] = subprocess.Popen([sys.executable, *command, *arguments], bufsize=0, **pipes)
         self.log = b""
         self._begun = b""
         self._lines: list[bytes] = []
@@ -460,7 +460,7 @@ def test_nothing_but_messages_ever_reaches_stdout() -> None:
         app.send(type="shutdown", id="2")
         app.rest()  # Each line is a message.
         assert app.process.stderr
-        log = app.log.decode() + app.process.stderr.read().decode()
+        log = (app.log + app.process.stderr.read()).decode()
     for said in ("print", "the first stdout", "write", "C", "a child", "a warning"):
         assert f"from {said}\n" in log
     assert "stdin has 0\n" in log

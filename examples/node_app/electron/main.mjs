@@ -21,6 +21,7 @@ app.whenReady().then(async () => {
     webPreferences: { preload: path.join(here, "preload.cjs"), contextIsolation: true, sandbox: true },
   });
   helper.on("state", (state) => window.webContents.send("state", state));
+  helper.on("model", ({ type, state }) => window.webContents.send("state", type === "ready" ? "ready" : state));
   helper.on("log", (line) => console.error(line));
   await window.loadFile(path.join(here, "index.html"));
   await helper.start();

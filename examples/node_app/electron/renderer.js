@@ -30,7 +30,8 @@ window.mixtral.onMessage((message) => {
   }
   if (message.type === "error") answer.line.textContent += ` [${message.message}]`;
   if (message.type === "done" || message.type === "error") {
-    messages.push({ role: "assistant", content: answer.text });
+    if (answer.text) messages.push({ role: "assistant", content: answer.text });
+    else messages.pop(); // A question without an answer is not part of the conversation.
     answer = null;
     busy(false);
   }
