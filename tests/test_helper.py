@@ -51,7 +51,9 @@ class App:
 
     def __init__(self, *arguments: str, command: tuple[str, ...] = ("-m", "mixtral_mlx", "helper"), **how: Any) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-        self.process: subprocess.Popen[bytes] = subprocess.Popen([sys.executable, *command, *arguments], bufsize=0, **pipes)
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, *command, *arguments], bufsize=0, **pipes
+        )
         self.log = b""
         self._begun = b""
         self._lines: list[bytes] = []

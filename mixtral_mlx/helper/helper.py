@@ -39,6 +39,7 @@ _MOST_REQUESTS = 256
 """That are begun and have not ended, whatever they ask for."""
 _WATCH_EVERY_S = 0.2
 _PROGRESS_EVERY_S = 0.1
+_IDLE_TRIES, _IDLE_TRY_S = 10, 0.02
 # Parts of the time in which the process has to end.
 _LAST_EVENTS_S = 0.5
 _CLOSE_S = 0.9
@@ -333,12 +334,20 @@ class Helper:
     async def _do_unload(self) -> None:
         if self._engine is None:
             return
-        health = self._engine.health()
-        if health.running or health.queued or self._replies:
-            raise _busy("Requests are running.", "Cancel them first, or wait until they have ended.")
         engine = self._engine
+        if self._replies or not await self._is_idle(engine):
+            raise _busy("Requests are running.", "Cancel them first, or wait until they have ended.")
         self._use(None, "no_model")
         await self._in_thread(engine.close)
+
+    async def _is_idle(self, engine: Engine) -> bool:
+        """Whether it answers nobody, over HTTP neither. It counts a request for a moment after its last event."""
+        for _ in range(_IDLE_TRIES):
+            health = engine.health()
+            if not (health.running or health.queued):
+                return True
+            await asyncio.sleep(_IDLE_TRY_S)
+        return False
 
     def _use(self, engine: Engine | None, state: str) -> None:
         self._engine, self._state = engine, state

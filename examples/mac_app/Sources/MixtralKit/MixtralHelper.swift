@@ -100,7 +100,7 @@ public actor MixtralHelper {
     private func ask(_ command: (String) -> Command) -> AsyncThrowingStream<Message, Error> {
         lastID += 1
         let id = String(lastID)
-        let (stream, continuation) = AsyncThrowingStream.makeStream(of: Message.self, throwing: Error.self)
+        let (stream, continuation) = AsyncThrowingStream<Message, Error>.makeStream()
         guard let running, supervision.state == .running, let line = try? command(id).line() else {
             continuation.finish(
                 throwing: HelperError(code: "helper_gone", message: "The helper is not running.", retryable: true))
@@ -109,7 +109,7 @@ public actor MixtralHelper {
         requests[id] = continuation
         continuation.onTermination = { [weak self] reason in
             guard case .cancelled = reason else { return }
-            Task { await self?.cancel(id) }
+            Task { [weak self] in await self?.cancel(id) }
         }
         running.write(line)
         return stream
@@ -127,8 +127,9 @@ public actor MixtralHelper {
 
     private func handle(_ event: Supervision.Event) {
         let before = supervision.state
-        let actions = supervision.handle(event)
-        actions.forEach(perform)
+        for action in supervision.handle(event) {
+            perform(action)
+        }
         guard supervision.state != before else { return }
         tell.yield(.supervision(supervision.state))
         switch supervision.state {
@@ -276,7 +277,7 @@ private final class Running: @unchecked Sendable {
             }
             continuation.onTermination = { _ in task.cancel() }
         }
-        let (ends, end) = AsyncStream.makeStream(of: End.self)
+        let (ends, end) = AsyncStream<End>.makeStream()
         self.ends = ends
         let began = self.began
         process.terminationHandler = { process in
