@@ -1,10 +1,11 @@
 # Every target sets up what it needs in .venv; nothing else on the machine is touched.
 #   make chat    talk to the built-in demo model (MODEL=folder for a real one)
 #   make test    run the tests
+#   make test-node   run those that need Node.js and packages of npm's
 #   make check   format, lint, types, tests
 #   make fix     format, and mend what the linter can
 #   make bench   measure the demo model (or MODEL=folder) next to mlx-lm, and write the table in README.md
-.PHONY: chat test test-long lint check fix bench clean
+.PHONY: chat test test-long test-node lint check fix bench clean
 SHELL := /bin/sh
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -19,6 +20,9 @@ test: .venv/ready-dev
 
 test-long: .venv/ready-dev
 	@$(BIN)/python -m pytest -n auto -m long $(ARGS)
+
+test-node: .venv/ready-dev .venv/node/ready
+	@$(BIN)/python -m pytest -m "node and not long" $(ARGS)
 
 lint: .venv/ready-dev
 	@$(BIN)/ruff format --check .
@@ -51,3 +55,10 @@ clean:
 .venv/ready-dev: pyproject.toml | .venv/bin/python
 	@$(BIN)/python -m pip install -q -e . --group dev >&2
 	@touch $@ .venv/ready
+
+# No lock file: it would name where the packages were fetched from, and package.json has exact versions.
+.venv/node/ready: tests/node/package.json | .venv/bin/python
+	@mkdir -p .venv/node
+	@cp tests/node/package.json .venv/node/
+	@npm install --prefix .venv/node --no-package-lock --no-audit --no-fund --silent >&2
+	@touch $@

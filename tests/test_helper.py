@@ -50,9 +50,9 @@ class App:
     """A program that has started a helper. Each line it is sent must be what the schema says."""
 
     def __init__(self, *arguments: str, command: tuple[str, ...] = ("-m", "mixtral_mlx", "helper"), **how: Any) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, *command, *arguments], bufsize=0, **pipes
+            [sys.executable, *command, *arguments], bufsize=0, text=False, **pipes
         )
         self.log = b""
         self._begun = b""
@@ -284,6 +284,13 @@ def test_a_bad_model_on_the_command_line_is_an_error_without_an_id() -> None:
         error = app.until("error")[-1]
         assert (error["code"], error.get("id")) == ("no_model", None)
         assert app.ask("1", type="load", model="demo")[-1]["type"] == "ready"
+
+
+def test_a_model_can_be_replaced_as_soon_as_its_last_answer_has_ended() -> None:
+    with loaded() as app:
+        for number in range(5):
+            assert app.chat(f"chat-{number}", max_tokens=2)[-1]["type"] == "done"
+            assert app.ask(f"load-{number}", type="load", model="demo")[-1]["type"] == "ready"
 
 
 def test_a_model_in_use_is_neither_replaced_nor_let_go_of(shared: App) -> None:

@@ -41,7 +41,7 @@ _WATCH_EVERY_S = 0.2
 _PROGRESS_EVERY_S = 0.1
 _IDLE_TRIES, _IDLE_TRY_S = 10, 0.02
 # Parts of the time in which the process has to end.
-_LAST_EVENTS_S = 0.5
+_LAST_EVENTS_S = 0.8
 _CLOSE_S = 0.9
 _FLUSH_S = 0.3
 
