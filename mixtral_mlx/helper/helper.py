@@ -41,9 +41,9 @@ _WATCH_EVERY_S = 0.2
 _PROGRESS_EVERY_S = 0.1
 _IDLE_TRIES, _IDLE_TRY_S = 10, 0.02
 # Parts of the time in which the process has to end.
-_LAST_EVENTS_S = 0.8
-_CLOSE_S = 0.9
-_FLUSH_S = 0.3
+_LAST_EVENTS_S = 0.6
+_CLOSE_S = 0.7
+_FLUSH_S = 0.2
 
 _log = logging.getLogger("mixtral_mlx.helper")
 
@@ -141,7 +141,8 @@ class Helper:
         if self._load:
             self._load.cancel()
         tasks = [*self._requests.values()]
-        if tasks:
+        is_read = reason != "parent_gone" and not self._writer.is_full
+        if tasks and is_read:
             await asyncio.wait(tasks, timeout=_LAST_EVENTS_S)
         for task in tasks:
             task.cancel()

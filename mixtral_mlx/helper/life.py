@@ -9,9 +9,9 @@ import sys
 import threading
 from contextlib import suppress
 
-END_WITHIN_S = 2.4
+END_WITHIN_S = 2.0
 """Seconds from the wish to end until the process is gone, whatever it is doing."""
-_LAST_RESORT_S = 2.7
+_LAST_RESORT_S = 2.3
 
 
 class Parent:
