@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -165,6 +166,16 @@ def test_the_schema_in_the_package_is_that_of_the_messages() -> None:
     assert messages.schema() == SCHEMA
 
 
+def test_the_guide_names_every_message_and_its_links_lead_somewhere() -> None:
+    guide = (PACKAGE.parent / "docs" / "EMBEDDING.md").read_text()
+    for direction in ("Incoming", "Outgoing"):
+        for reference in SCHEMA["$defs"][direction]["oneOf"]:
+            kind = SCHEMA["$defs"][reference["$ref"].rpartition("/")[2]]["properties"]["type"]["const"]
+            assert f"`{kind}`" in guide or f'"{kind}"' in guide
+    for link in re.findall(r"\]\((?!http)([^)#]+)", guide):
+        assert (PACKAGE.parent / "docs" / link).exists(), link
+
+
 def test_the_first_line_says_who_speaks() -> None:
     with started() as app:
         assert app.next() == {
@@ -218,6 +229,25 @@ def test_a_cancelled_chat_ends_at_once_and_the_next_is_answered(shared: App) -> 
     if not any(one.get("id") == "stop" for one in came):
         assert shared.next() == {"type": "ok", "id": "stop"}
     assert shared.chat("after", max_tokens=2)[-1]["type"] == "done"
+
+
+def test_of_more_chats_than_are_taken_each_ends_once_and_all_can_be_stopped() -> None:
+    chats = [f"chat-{number}" for number in range(300)]
+    cancels = [f"cancel-{number}" for number in range(300)]
+    with loaded() as app:
+        for id in chats:
+            app.send(type="chat", id=id, body=ENDLESS)
+        for id, request in zip(cancels, chats, strict=True):
+            app.send(type="cancel", id=id, request=request)
+        ended: list[dict[str, Any]] = []
+        while len(ended) < 600:
+            message = app.next()
+            ended += [message] if message["type"] in ("done", "ok", "error") else []
+        app.send(type="shutdown", id="end")
+        assert [one["type"] for one in app.rest() if one["type"] not in ("text", "prompt")] == ["ok", "bye"]
+    assert sorted(one["id"] for one in ended) == sorted(chats + cancels)
+    assert {one["code"] for one in ended if one["type"] == "error"} == {"queue_full"}
+    assert {reason for one in ended if one["type"] == "done" for reason in one["finish_reasons"]} == {"cancelled"}
 
 
 def test_cancelling_what_has_ended_is_no_mistake(shared: App) -> None:
@@ -663,6 +693,20 @@ def test_a_second_sigterm_ends_it_at_once() -> None:
         app.until("text")
         app.process.send_signal(signal.SIGTERM)
         app.process.send_signal(signal.SIGTERM)
+        assert app.ends() == 0
+
+
+def test_it_ends_with_another_process_that_is_named() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with started("--parent-pid", str(other.pid)) as app:
+        app.next()
+        assert app.ask("1", type="cancel", request="none")[-1]["type"] == "ok"
+        other.kill()  # It is not waited for: what has ended may stay a zombie for long.
+        assert app.rest() == [{"type": "bye", "reason": "parent_gone"}]
+        assert app.ends() == 0
+        other.communicate()
+    with started("--parent-pid", str(other.pid)) as app:  # It has ended before.
+        assert app.rest()[-1] == {"type": "bye", "reason": "parent_gone"}
         assert app.ends() == 0
 
 

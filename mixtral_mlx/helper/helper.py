@@ -179,8 +179,8 @@ class Helper:
         try:
             await self._has_room()
             message = self._parsed(line)
-            _log.debug("A message %s %s came, %d bytes.", message.type, message.id, len(line))  # type: ignore[arg-type]
-            if len(self._requests) >= _MOST_REQUESTS:
+            # However much is going on, it can be stopped.
+            if len(self._requests) >= _MOST_REQUESTS and not isinstance(message, m.Cancel | m.Shutdown):
                 raise m.LineError(
                     f"{len(self._requests)} requests have not ended, and no more may be.",
                     code="queue_full",
@@ -197,6 +197,7 @@ class Helper:
         if isinstance(line, TooLong):
             raise m.LineError(f"The line has more than {m.MOST_LINE_BYTES:,} bytes.", code="line_too_long")
         message = m.parse(line)
+        _log.debug("A message %s %s came, %d bytes.", message.type, message.id, len(line))
         if message.id in self._requests:
             raise m.LineError(
                 f"The id {message.id} belongs to a request that has not ended.",

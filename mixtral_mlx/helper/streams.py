@@ -80,7 +80,7 @@ def is_hung_up(descriptor: int) -> bool:
     """Whether the other side has closed, though what it wrote before may not have been read."""
     poll = select.poll()
     poll.register(descriptor, 0)
-    return any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
 class Writer:
