@@ -1,11 +1,12 @@
 # Every target sets up what it needs in .venv; nothing else on the machine is touched.
 #   make chat    talk to the built-in demo model (MODEL=folder for a real one)
 #   make test    run the tests
-#   make test-page  try the page in a Chromium (SCREENSHOTS=folder keeps pictures)
+#   make test-page   try the page in a Chromium (SCREENSHOTS=folder keeps pictures)
+#   make test-node   run those that need Node.js and packages of npm's
 #   make check   format, lint, types, tests
 #   make fix     format, and mend what the linter can
 #   make bench   measure the demo model (or MODEL=folder) next to mlx-lm, and write the table in README.md
-.PHONY: chat test test-long test-page lint check fix bench clean
+.PHONY: chat test test-long test-page test-node lint check fix bench clean
 SHELL := /bin/sh
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -24,6 +25,9 @@ test-long: .venv/ready-dev
 test-page: .venv/ready-page
 	@$(BIN)/python -m tests.chromium
 	@$(BIN)/python -m pytest -n auto -m browser tests/test_page.py $(ARGS)
+
+test-node: .venv/ready-dev .venv/node/ready
+	@$(BIN)/python -m pytest -m "node and not long" $(ARGS)
 
 lint: .venv/ready-dev
 	@$(BIN)/ruff format --check .
@@ -59,4 +63,11 @@ clean:
 
 .venv/ready-page: .venv/ready-dev
 	@$(BIN)/python -m pip install -q --group page >&2
+	@touch $@
+
+# No lock file: it would name where the packages were fetched from, and package.json has exact versions.
+.venv/node/ready: tests/node/package.json | .venv/bin/python
+	@mkdir -p .venv/node
+	@cp tests/node/package.json .venv/node/
+	@npm install --prefix .venv/node --no-package-lock --no-audit --no-fund --silent >&2
 	@touch $@

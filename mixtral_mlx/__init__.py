@@ -20,6 +20,7 @@
     chat       the conversation in the terminal, with terminal and markdown for the screen
     page       the chat page that a server gives out
     server     the engine over HTTP, for programs that speak OpenAI's and Anthropic's APIs
+    helper     the engine as an app's child process: JSON lines on stdin and stdout
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine

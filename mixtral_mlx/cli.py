@@ -95,7 +95,6 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("helper",)
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
@@ -106,6 +105,7 @@ _EPILOG = """commands:
   perplexity   measure how well a model predicts a text
   bench        measure how fast a model runs here, next to mlx-lm
   routes       show which experts each token of a text used
+  helper       answer an app that started this, in JSON lines on stdin and stdout
 
 `mixtral-mlx COMMAND --help` says more."""
 
@@ -126,11 +126,6 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _refuse_command(command: str) -> NoReturn:
-    if command in _LATER_COMMANDS:
-        raise UsageError(
-            f"`{command}` is not part of mixtral-mlx {__version__}; there are: {', '.join(_COMMANDS)}.",
-            code="not_available",
-        )
     if command.startswith("-"):
         raise UsageError(
             f"{command} stands before the command.", code="no_command", hint="Write: mixtral-mlx COMMAND [OPTIONS]"
@@ -228,6 +223,42 @@ def _add_model(parser: _Parser, default: str) -> None:
         help="fit keeps what fits into --memory from being compressed or swapped while other programs need memory, on "
         "Metal only; off by default, as macOS has crashed where two programs set this limit (off)",
     )
+
+
+def _add_engine(parser: _Parser) -> None:
+    group = parser.add_argument_group("how requests share it")
+    group.add_argument("--max-concurrent", type=_count(1), metavar="N", help="requests answered at a time (16)")
+    group.add_argument("--max-queue", type=_count(1), metavar="N", help="requests that may wait (64)")
+    group.add_argument(
+        "--prefix-memory", type=_size, metavar="SIZE", help="most that read prompts may keep (what is left of --memory)"
+    )
+    group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep read prompts there over restarts (nowhere)")
+    group.add_argument("--cache-size", type=_size, metavar="SIZE", help="most they take there (10GB)")
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter in mlx-lm's format")
+    group.add_argument(
+        "--draft", metavar="M", help='a small model with the same tokenizer, for requests with "speculate": "draft"'
+    )
+    group.add_argument(
+        "--idle-unload",
+        dest="idle_unload_s",
+        type=_seconds,
+        metavar="S",
+        help="let go of the model after so many idle seconds (never)",
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", help="answers are the same bits whatever else runs; slower"
+    )
+
+
+_ENGINE = (
+    *("max_concurrent", "max_queue", "prefix_memory", "cache_dir", "cache_size"),
+    *("adapter", "draft", "idle_unload_s", "deterministic"),
+)
+
+
+def _engine_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What was given of what `load` takes besides the model."""
+    return {name: getattr(parsed, name) for name in _ENGINE if getattr(parsed, name) not in (None, False)}
 
 
 def _add_settings(parser: _Parser, defaults: dict[str, str]) -> None:
@@ -637,7 +668,6 @@ def _serve(arguments: list[str]) -> int:
     from .server.serve import Request, serve
     from .server.settings import ServerSettings
 
-    max_concurrent, max_queue = parsed.max_concurrent, parsed.max_queue
     settings = ServerSettings(
         host="" if parsed.uds else parsed.host or "127.0.0.1",
         api_key=parsed.api_key or os.environ.get("MIXTRAL_MLX_API_KEY", ""),
@@ -645,24 +675,14 @@ def _serve(arguments: list[str]) -> int:
         allow_hosts=tuple(parsed.allow_host),
         aliases=tuple(parsed.alias),
         max_body=parsed.max_body,
-        max_requests=max_concurrent + max_queue,
+        max_requests=(parsed.max_concurrent or 16) + (parsed.max_queue or 64),
         timeout_s=parsed.timeout,
         log_prompts=parsed.log_prompts,
     )
-    engine = {
-        "max_concurrent": max_concurrent,
-        "max_queue": max_queue,
-        "adapter": parsed.adapter,
-        "draft": parsed.draft,
-        "prefix_memory": parsed.prefix_memory,
-        "cache_dir": parsed.cache_dir,
-        "cache_size": parsed.cache_size,
-        "idle_unload_s": parsed.idle_unload,
-        "deterministic": parsed.deterministic,
-    }
     choice = _model_choice(parsed, parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None)
+    port = 8080 if parsed.port is None else parsed.port
     with wired(choice):
-        return serve(Request(choice, settings, 8080 if parsed.port is None else parsed.port, parsed.uds, engine))
+        return serve(Request(choice, settings, port, parsed.uds, _engine_options(parsed)))
 
 
 def _serve_parser() -> _Parser:
@@ -699,30 +719,11 @@ def _serve_parser() -> _Parser:
         help="a name to ask for the model by, besides its own, as gpt-4o or claude-*; may be given several times",
     )
     group = parser.add_argument_group("how much it does")
-    group.add_argument(
-        "--max-concurrent", type=_count(1), default=16, metavar="N", help="requests answered at a time (16)"
-    )
-    group.add_argument("--max-queue", type=_count(1), default=64, metavar="N", help="requests that may wait (64)")
     group.add_argument("--max-body", type=_size, default=32 << 20, metavar="SIZE", help="longest request (32MiB)")
     group.add_argument(
         "--timeout", type=_seconds, default=3600.0, metavar="S", help="seconds that an answer may take (3600)"
     )
-    group.add_argument(
-        "--idle-unload", type=_seconds, metavar="S", help="let go of the model after so many idle seconds (never)"
-    )
-    group.add_argument(
-        "--deterministic", action="store_true", help="answers are the same bits whatever else runs; slower"
-    )
-    group = parser.add_argument_group("what it keeps and uses")
-    group.add_argument(
-        "--prefix-memory", type=_size, metavar="SIZE", help="most that read prompts may keep (what is left of --memory)"
-    )
-    group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep read prompts there over restarts (nowhere)")
-    group.add_argument("--cache-size", type=_size, default=10 * 10**9, metavar="SIZE", help="most they take (10GB)")
-    group.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter in mlx-lm's format")
-    group.add_argument(
-        "--draft", metavar="M", help='a small model with the same tokenizer, for requests with "speculate": "draft"'
-    )
+    _add_engine(parser)
     group = parser.add_argument_group("what it says")
     group.add_argument("--log-prompts", action="store_true", help="also log what is asked, which is private")
     group.add_argument("--quiet", action="store_true", help="no progress bar and no line for each request")
@@ -920,6 +921,48 @@ def _picture(text: str) -> Path:
     return path
 
 
+# helper
+
+_HELPER = """Be an app's child process: JSON lines come on stdin and go on stdout, logs go to stderr. Messages are in
+mixtral_mlx/helper/schema.json, and how to live with it in docs/EMBEDDING.md.
+
+Ends within 3 s when stdin ends, when the parent has gone, at SIGTERM, or when asked to. Exit codes: 0 it ended as it
+should, 1 it failed, 2 wrong usage."""
+_HELPER_EPILOG = """example:
+  echo '{"type":"stats","id":"1"}' | mixtral-mlx helper"""
+
+
+def _helper(arguments: list[str]) -> int:
+    parser = _Parser("mixtral-mlx helper", description=_HELPER, epilog=_HELPER_EPILOG)
+    parser.add_argument(
+        "--parent-pid", type=_count(2), metavar="N", help="end with this process (the one that started the command)"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="also serve the HTTP API, on a port and with a key of its own"
+    )
+    parser.add_argument(
+        "--log",
+        type=_one_of("debug", "info", "warning"),
+        default="warning",
+        metavar="L",
+        help="debug, info or warning (warning)",
+    )
+    _add_model(parser, "none: wait for a message")
+    _add_engine(parser)
+    parsed = parser.parse(arguments)
+    from .helper.helper import Options, run
+
+    model = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
+    loading = {name: getattr(parsed, name) for name in _LOADING if getattr(parsed, name) is not None}
+    loading |= _engine_options(parsed)
+    with wired(ModelChoice(memory_bytes=parsed.memory, wired=parsed.wired, quiet=True)):
+        run(Options(model, loading, parsed.serve, parsed.parent_pid, parsed.log))
+
+
+_LOADING = ("memory", "context", "dtype", "kv_bits", "offline")
+"""What of the model's options `load` takes."""
+
+
 def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -943,4 +986,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "routes": _routes,
     "serve": _serve,
+    "helper": _helper,
 }

@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "cpu": {"borrowed", "experts", "model"},
     "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
     "server": {"__version__", "config", "engine", "opening", "page", "protocol", "terminal"},
+    "helper": {"__version__", "config", "engine", "memory", "prompt", "protocol", "server"},
     "protocol": {"config", "engine", "generate", "prompt"},
     "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
     "page": set(),

@@ -185,6 +185,13 @@ def test_at_critical_everything_gives_something_at_once() -> None:
     assert play.after(1, CRITICAL) == ["slots"]
 
 
+def test_who_is_told_by_others_gives_up_everything_once_and_has_it_back_when_it_is_calm() -> None:
+    play = Play(cache=1, prompts=0, slots=3)
+    assert play.relief.take_all() == ["cache", "slots"]
+    assert play.after(1, NORMAL) == []
+    assert play.after(30, NORMAL) == ["-slots"]
+
+
 def test_things_come_back_one_at_a_time_and_the_last_given_up_first() -> None:
     play = Play(cache=1, slots=2)
     for _ in range(3):

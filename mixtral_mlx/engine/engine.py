@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..budget import Plan, in_gb, parse_size
 from ..config import Config
 from ..generate import GenerateError, Sampling, check_kv_bits, room_after
-from ..memory import Step, rss_bytes
+from ..memory import CRITICAL, NORMAL, WARNING, Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from ..weights import Checkpoint, Loaded, Progress, locate, relief
 from ..weights import load as load_weights
@@ -395,6 +395,16 @@ class Engine:
     def unload(self) -> None:
         """Let go of the model's memory; the next request loads it again. Raises `EngineError` while requests run."""
         self._worker.unload()
+
+    def relieve(self, level: int) -> None:
+        """Give up memory, for a program that was told how short it is: `level` is one of macOS's, 1, 2 or 4.
+
+        At 2 prompts kept for later go, at 4 also what streaming can spare, and the model once nothing is asked; the
+        next request loads it again. Needs no call where the engine itself is left to notice. Raises `EngineError`."""
+        if level not in (NORMAL, WARNING, CRITICAL):
+            raise EngineError(f"The level of memory pressure is {level}, expected 1, 2 or 4.", code="bad_option")
+        if level != NORMAL:
+            self._worker.relieve(unload=level == CRITICAL)
 
     def close(self) -> None:
         """End everything: requests end with the code "closed", the model's memory is free after the step under way."""

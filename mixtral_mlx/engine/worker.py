@@ -128,6 +128,7 @@ class Worker:
         self._calls: deque[Callable[[], object]] = deque()
         self._calls_between: deque[tuple[Callable[[], object], list[Answering]]] = deque()
         self._closing = False
+        self._unload_when_idle = False
         self._running: list[Answering] = []
         self._ahead: _Launched | None = None
         self._last_pass_end = 0.0
@@ -194,6 +195,10 @@ class Worker:
     def unload(self) -> None:
         """Let go of the model; the next request loads it again. Raises `EngineError` while requests run or wait."""
         self._call(self._unload, self._calls.append).result()
+
+    def relieve(self, *, unload: bool) -> None:
+        """Give up what only saves time, before the next step; with `unload` all that can be, and the idle model too."""
+        self._call(lambda: self._relieve(unload), self._calls.append).result()
 
     def close(self, timeout_s: float | None = None) -> None:
         """End what runs and waits with an error and let go of the model; waits for that no longer than `timeout_s`."""
@@ -267,7 +272,7 @@ class Worker:
             return [a for a in self._waiting if a.has_started or a in self._calls_between[0][1]]
 
     def _until_unload(self, idle_since: float) -> float | None:
-        after = self.limits.idle_unload_s
+        after = 0.0 if self._unload_when_idle else self.limits.idle_unload_s
         if after is None or self.opened is None:
             return None
         return max(idle_since + after - time.monotonic(), 0)
@@ -307,7 +312,15 @@ class Worker:
             raise EngineError("Requests are running.", code="busy", hint="Cancel them first.", retryable=True)
         self._let_go()
 
+    def _relieve(self, unload: bool) -> None:
+        self._prefixes.clear()
+        mx.clear_cache()
+        if unload and self.opened:
+            self.opened.relief.take_all()
+            self._unload_when_idle = True
+
     def _let_go(self) -> None:
+        self._unload_when_idle = False
         opened, self.opened = self.opened, None
         self._prefixes.finish_writing(_WRITE_WITHIN_S)
         self._prefixes.clear()

@@ -32,7 +32,7 @@ from .http1 import Connection
 from .log import Log
 from .settings import ServerError, ServerSettings
 
-_END_WITHIN_S = 2.7
+_END_WITHIN_S = 2.3
 _LAST_WORDS_S = 1.0
 _OPEN_FILES = 4096
 _BACKLOG = 2048

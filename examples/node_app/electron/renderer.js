@@ -1,0 +1,50 @@
+// The page. Model text goes into the page as text only. Not run in this project's tests.
+const $ = (id) => document.getElementById(id);
+const messages = [];
+let answer = null; // { id, line } of the one that is being written
+let count = 0;
+
+const line = (who, text) => {
+  const made = document.createElement("p");
+  made.textContent = `${who}: ${text}`;
+  $("conversation").append(made);
+  return made;
+};
+const busy = (isBusy) => {
+  $("send").disabled = isBusy;
+  $("stop").disabled = !isBusy;
+};
+
+window.mixtral.onState((state) => {
+  $("state").textContent = state;
+  $("send").disabled = state !== "ready" || answer !== null;
+});
+window.mixtral.onMessage((message) => {
+  if (message.type === "loading") {
+    $("state").textContent = `loading ${Math.round((100 * message.done_bytes) / message.total_bytes)} %`;
+  }
+  if (!answer || message.id !== answer.id) return;
+  if (message.type === "text") {
+    answer.text += message.text;
+    answer.line.textContent += message.text;
+  }
+  if (message.type === "error") answer.line.textContent += ` [${message.message}]`;
+  if (message.type === "done" || message.type === "error") {
+    if (answer.text) messages.push({ role: "assistant", content: answer.text });
+    else messages.pop(); // A question without an answer is not part of the conversation.
+    answer = null;
+    busy(false);
+  }
+});
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const content = $("question").value.trim();
+  if (!content || answer) return;
+  $("question").value = "";
+  messages.push({ role: "user", content });
+  line("You", content);
+  answer = { id: ++count, line: line("Mixtral", ""), text: "" };
+  busy(true);
+  window.mixtral.chat(answer.id, messages);
+});
+$("stop").addEventListener("click", () => answer && window.mixtral.stop(answer.id));
