@@ -18,6 +18,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mixtral_mlx.config import MixtralError
+from mixtral_mlx.engine import batch
 from mixtral_mlx.engine.answering import Answering
 from mixtral_mlx.engine.drafting import DraftCounts, Drafting, DraftModel
 from mixtral_mlx.engine.drafts import DraftLength, PassSeconds
@@ -140,6 +141,44 @@ def alone() -> Iterator[Engine]:
 def test_each_of_many_gets_what_it_would_get_alone(engine: Engine, alone: Engine, seed: int) -> None:
     with guessing_always(3):
         check_mix(engine, alone, seed)
+
+
+@pytest.mark.parametrize("seed", range(10, 13))
+def test_each_of_many_gets_what_it_would_get_alone_where_steps_are_begun_ahead(alone: Engine, seed: int) -> None:
+    with load(draft=DEMO) as engine, guessing_now_and_then():
+        run_ahead(engine)
+        check_mix(engine, alone, seed)
+
+
+@pytest.mark.parametrize("speculate", ["n-gram", "draft"])
+def test_where_guesses_do_not_pay_steps_are_begun_ahead_as_without(speculate: Any) -> None:
+    no_gain = patch.object(DraftLength, "best", lambda *how: 0)
+    no_try = patch.object(Drafting, "_another_pays", return_value=False)
+    with load(draft=DEMO) as engine, no_gain, no_try:
+        run_ahead(engine)
+        plain = engine.chat(QUESTION, max_tokens=30, ignore_eos=True).result()
+        with patch.object(batch, "run", side_effect=batch.run) as passes:
+            result = engine.chat(QUESTION, max_tokens=30, ignore_eos=True, speculate=speculate).result()
+        assert result.tokens == plain.tokens
+        ahead = [call for call in passes.call_args_list if isinstance(call.args[1][0].ids, mx.array)]
+        assert len(ahead) >= 27  # All but the first and the last.
+
+
+def run_ahead(engine: Engine) -> None:
+    """As on Metal; the results are the same here."""
+    assert engine._worker.opened
+    engine._worker.opened.loaded.model.runs_ahead = True
+
+
+@contextmanager
+def guessing_now_and_then() -> Iterator[None]:
+    """As if guesses paid after every third token."""
+
+    def another_pays(self: Drafting, chances: Sequence[float], limit: int, other_rows: int) -> bool:
+        return len(chances) < 3 and len(self.tokens) % 3 == 0
+
+    with guessing_always(), patch.object(Drafting, "_another_pays", another_pays):
+        yield
 
 
 @pytest.mark.long

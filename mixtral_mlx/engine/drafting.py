@@ -257,6 +257,14 @@ class Drafting:
             self._fail()
             return []
 
+    def would_draft(self, most: int, other_rows: int = 0) -> bool:
+        """Whether `draft` would make guesses now, or there is something to be read first."""
+        return (
+            self.is_behind
+            or bool(self._guesses)
+            or (self._can_guess(most) and self._another_pays((), most, other_rows))
+        )
+
     def add(self, tokens: Iterable[int]) -> None:
         """Add what a pass brought: the tokens of the draft that were right, and the one sampled after them."""
         tokens = list(tokens)
@@ -288,6 +296,7 @@ class Drafting:
         while len(chances) < most and self._another_pays(chances, most, other_rows):
             chances.append(self.length.chance(self._guess()))
         drafted = self.length.best(chances, other_rows, lambda _: self._spent)
+        self.length.chose(drafted, other_rows)
         return [token for token, _ in self._guesses[:drafted]]
 
     def _another_pays(self, chances: Sequence[float], most: int, other_rows: int) -> bool:
