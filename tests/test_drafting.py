@@ -256,6 +256,16 @@ def test_a_draft_that_fails_costs_nobody_their_answer(engine: Engine) -> None:
     assert engine.stats()["draft"]["failures"] == before + 1
 
 
+def test_a_prompt_longer_than_the_draft_knows_positions_for_is_answered_without_guesses(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "short", max_position_embeddings=64)
+    with load(draft=folder) as engine, guessing_always(3):
+        for count in (60, 100):
+            plain = engine.complete(words(count), max_tokens=12, ignore_eos=True).result()
+            drafted = engine.complete(words(count), max_tokens=12, ignore_eos=True, speculate="draft").result()
+            assert drafted.tokens == plain.tokens
+        assert engine.stats()["draft"]["guessed_tokens"] <= 4
+
+
 def test_unloading_lets_go_of_the_draft_too_though_a_reply_is_kept(tiny: Path) -> None:
     with load(draft=tiny) as engine:
         reply = engine.chat(QUESTION, max_tokens=3, speculate="draft")
