@@ -18,6 +18,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mixtral_mlx.config import MixtralError
+from mixtral_mlx.engine import batch
 from mixtral_mlx.engine.answering import Answering
 from mixtral_mlx.engine.drafting import DraftCounts, Drafting, DraftModel
 from mixtral_mlx.engine.drafts import DraftLength, PassSeconds
@@ -142,6 +143,44 @@ def test_each_of_many_gets_what_it_would_get_alone(engine: Engine, alone: Engine
         check_mix(engine, alone, seed)
 
 
+@pytest.mark.parametrize("seed", range(10, 13))
+def test_each_of_many_gets_what_it_would_get_alone_where_steps_are_begun_ahead(alone: Engine, seed: int) -> None:
+    with load(draft=DEMO) as engine, guessing_now_and_then():
+        run_ahead(engine)
+        check_mix(engine, alone, seed)
+
+
+@pytest.mark.parametrize("speculate", ["n-gram", "draft"])
+def test_where_guesses_do_not_pay_steps_are_begun_ahead_as_without(speculate: Any) -> None:
+    no_gain = patch.object(DraftLength, "best", lambda *how: 0)
+    no_try = patch.object(Drafting, "_another_pays", return_value=False)
+    with load(draft=DEMO) as engine, no_gain, no_try:
+        run_ahead(engine)
+        plain = engine.chat(QUESTION, max_tokens=30, ignore_eos=True).result()
+        with patch.object(batch, "run", side_effect=batch.run) as passes:
+            result = engine.chat(QUESTION, max_tokens=30, ignore_eos=True, speculate=speculate).result()
+        assert result.tokens == plain.tokens
+        ahead = [call for call in passes.call_args_list if isinstance(call.args[1][0].ids, mx.array)]
+        assert len(ahead) >= 27  # All but the first and the last.
+
+
+def run_ahead(engine: Engine) -> None:
+    """As on Metal; the results are the same here."""
+    assert engine._worker.opened
+    engine._worker.opened.loaded.model.runs_ahead = True
+
+
+@contextmanager
+def guessing_now_and_then() -> Iterator[None]:
+    """As if guesses paid after every third token."""
+
+    def another_pays(self: Drafting, chances: Sequence[float], limit: int, other_rows: int) -> bool:
+        return len(chances) < 3 and len(self.tokens) % 3 == 0
+
+    with guessing_always(), patch.object(Drafting, "_another_pays", another_pays):
+        yield
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 150))
 def test_each_of_many_gets_what_it_would_get_alone_in_100_mixes(engine: Engine, alone: Engine, seed: int) -> None:
@@ -215,6 +254,16 @@ def test_a_draft_that_fails_costs_nobody_their_answer(engine: Engine) -> None:
     with guessing_always(), patch.object(DraftModel, "guess", side_effect=RuntimeError("no")):
         assert engine.chat(QUESTION, max_tokens=20, speculate="draft").result().tokens == plain.tokens
     assert engine.stats()["draft"]["failures"] == before + 1
+
+
+def test_a_prompt_longer_than_the_draft_knows_positions_for_is_answered_without_guesses(tmp_path: Path) -> None:
+    folder = write_mistral(tmp_path / "short", max_position_embeddings=64)
+    with load(draft=folder) as engine, guessing_always(3):
+        for count in (60, 100):
+            plain = engine.complete(words(count), max_tokens=12, ignore_eos=True).result()
+            drafted = engine.complete(words(count), max_tokens=12, ignore_eos=True, speculate="draft").result()
+            assert drafted.tokens == plain.tokens
+        assert engine.stats()["draft"]["guessed_tokens"] <= 4
 
 
 def test_unloading_lets_go_of_the_draft_too_though_a_reply_is_kept(tiny: Path) -> None:

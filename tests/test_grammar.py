@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import jsonschema
@@ -26,8 +27,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mixtral_mlx.engine.grammar import Format, Grammar, GrammarError, Limits, Matcher, Vocabulary, compiled
+from mixtral_mlx.engine import grammar
+from mixtral_mlx.engine.grammar import Compiler, Format, Grammar, GrammarError, Limits, Matcher, Vocabulary, compiled
 from mixtral_mlx.prompt import Message, Tokenizer
+from mixtral_mlx.weights import locate
 
 from .hostile_grammars import hostile
 
@@ -532,3 +535,27 @@ def test_where_nothing_can_prove_what_it_costs_only_small_grammars_are_compiled(
     assert speaker.shown(speaker.walk(speaker.compiled("choice", ("yes",)).matcher(), 0)[0]) == "yes"
     with pytest.raises(GrammarError, match="8 KiB"):
         speaker.compiled("choice", tuple(f"choice {n}" for n in range(1000)))
+
+
+# Compiled once.
+
+
+def test_a_format_asked_for_again_is_not_compiled_again_and_another_is() -> None:
+    tokenizer = Tokenizer.read(locate(None))
+    made: list[Vocabulary] = []
+
+    def vocabulary() -> Vocabulary:
+        made.append(Vocabulary(tokenizer, tokenizer.vocab_size))
+        return made[-1]
+
+    compiler = Compiler(vocabulary)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = (threads.submit(compiler.compiled, Format("choice", [word])) for word in ("yes", "no"))
+        grammars = [first.result(), second.result()]
+    assert len(made) == 1
+    assert compiler.compiled(Format("choice", ["yes"])) is grammars[0]
+    assert compiler.compiled(Format("choice", ["yes"]), begins=False) is not grammars[0]
+    with patch.object(grammar, "_MOST_KEPT", 3):
+        compiler.compiled(Format("choice", ["maybe"]))
+    assert compiler.compiled(Format("choice", ["yes"])) is grammars[0]
+    assert compiler.compiled(Format("choice", ["no"])) is not grammars[1]  # Asked for longest ago.

@@ -173,19 +173,23 @@ class Answering:
     def _guessed(self, most_drafted: int, other_rows: int) -> list[int]:
         if self.request.max_kv:
             return []  # A window that has turned cannot take tokens back, not even one that a grammar was sure of.
-        most = min(_MOST_DRAFTED, self.limit - self.place - 1)
+        most = self._most_drafted
         guess = self._matcher.forced()[:most] if self._matcher else []
         if not guess and self._speculation:
             guess = self._speculation.draft(min(most, most_drafted), other_rows)
         return guess[: self._matcher.valid(guess)] if guess and self._matcher else guess
 
-    def to_run_ahead(self, chosen: Sequence[Sampled]) -> Part | None:
+    @property
+    def _most_drafted(self) -> int:
+        return min(_MOST_DRAFTED, self.limit - self.place - 1)
+
+    def to_run_ahead(self, chosen: Sequence[Sampled], other_rows: int = 0) -> Part | None:
         """The token of `chosen`, which nobody has seen yet, for the pass after that; None where it has to be seen."""
         seen = (
             self.is_reading
             or self.request.max_kv  # A window that has turned cannot take it back.
             or self._matcher
-            or self._speculation
+            or (self._speculation and self._speculation.would_draft(self._most_drafted, other_rows))
             or self._sampler.processors
             or self.limit - self.place < 2
         )

@@ -58,6 +58,7 @@ class DraftFolder:
     folder: Path
     config: Config
     is_mixtral: bool
+    asked_dtype: str
     dtype: str
     nbytes: int
 
@@ -69,7 +70,7 @@ class DraftFolder:
         if kind == "mixtral":
             checkpoint = Checkpoint.open(folder)
             target, cast_to = dtypes_for(dtype, checkpoint)
-            found = cls(folder, checkpoint.config, True, target, checkpoint.nbytes_as(cast_to))
+            found = cls(folder, checkpoint.config, True, dtype, target, checkpoint.nbytes_as(cast_to))
         elif kind == "mistral":
             # All that is checked of the one's numbers holds of the other's.
             config = Config.from_dict(
@@ -77,7 +78,8 @@ class DraftFolder:
                 source=str(folder / "config.json"),
             )
             target = "float32" if cpu.is_backend() else activation_dtype(dtype, config.dtype)
-            found = cls(folder, config, False, target, sum(t.nbytes_as(target) for t in _tensors(folder)))
+            nbytes = sum(tensor.nbytes_as(target) for tensor in _tensors(folder))
+            found = cls(folder, config, False, dtype, target, nbytes)
         else:
             raise DraftError(
                 f"The draft model in {folder} is a {shown(kind)}, expected 'mistral' or 'mixtral'.", code="bad_draft"
@@ -115,7 +117,7 @@ class DraftFolder:
 
     def _mixtral(self) -> Any:
         whole = fit(self.footprint, 1 << 50)
-        return load_weights(self.folder, dtype=self.dtype, memory=whole).model
+        return load_weights(self.folder, dtype=self.asked_dtype, memory=whole).model
 
     def _mistral(self) -> Any:
         # Here, since it brings transformers, which takes seconds and nothing else needs.
@@ -210,16 +212,16 @@ class Drafting:
     @property
     def is_behind(self) -> bool:
         """Whether it has still to read what was there when the answer began, or was taken up again."""
-        return self.read < self._to_be_read and not self._has_failed
+        return self.read < self._to_be_read < self.model.context and not self._has_failed
 
     def read_on(self, most: int) -> None:
         """Read the next tokens, `most` at most."""
         end = min(self.read + most, self._to_be_read)
         try:
             self.model.read(self.tokens[self.read : end], self.cache)
-        except Exception:
+            self.read = end
+        except Exception:  # The answer can do without.
             self._fail()
-        self.read = end
 
     def resume(self, found: tuple[int, list[Any]] | None) -> None:
         """Begin anew, behind what was `found` of the text."""
@@ -257,6 +259,14 @@ class Drafting:
             self._fail()
             return []
 
+    def would_draft(self, most: int, other_rows: int = 0) -> bool:
+        """Whether `draft` would make guesses now, or there is something to be read first."""
+        return (
+            self.is_behind
+            or bool(self._guesses)
+            or (self._can_guess(most) and self._another_pays((), most, other_rows))
+        )
+
     def add(self, tokens: Iterable[int]) -> None:
         """Add what a pass brought: the tokens of the draft that were right, and the one sampled after them."""
         tokens = list(tokens)
@@ -288,6 +298,7 @@ class Drafting:
         while len(chances) < most and self._another_pays(chances, most, other_rows):
             chances.append(self.length.chance(self._guess()))
         drafted = self.length.best(chances, other_rows, lambda _: self._spent)
+        self.length.chose(drafted, other_rows)
         return [token for token, _ in self._guesses[:drafted]]
 
     def _another_pays(self, chances: Sequence[float], most: int, other_rows: int) -> bool:

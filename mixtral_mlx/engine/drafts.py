@@ -46,6 +46,11 @@ class Speculation:
             return []
         return self.drafts.propose(self.length.choose(self.drafts.matched, most, other_rows))
 
+    def would_draft(self, most: int, other_rows: int = 0) -> bool:
+        """Whether `draft` would say anything now."""
+        matched = self.drafts.matched
+        return bool(matched) and self.length.best(self.length.chances(matched, most), other_rows) > 0
+
     def add(self, tokens: Iterable[int]) -> None:
         """Add what a pass brought: the tokens of the draft that were right, and the one sampled after them."""
         tokens = list(tokens)
@@ -144,12 +149,18 @@ class DraftLength:
 
     def choose(self, matched: int, most: int, other_rows: int = 0) -> int:
         """The number of tokens, up to `most`, with which the pass is expected to bring most tokens per second."""
-        return self.best([self.chance(matched + n) for n in range(most)], other_rows)
+        drafted = self.best(self.chances(matched, most), other_rows)
+        self.chose(drafted, other_rows)
+        return drafted
+
+    def chances(self, matched: int, most: int) -> list[float]:
+        """How likely each of the guesses after `matched` tokens is right if all before it are."""
+        return [self.chance(matched + n) for n in range(most)]
 
     def best(
         self, chances: Sequence[float], other_rows: int = 0, guessing: Callable[[int], float] = lambda drafted: 0.0
     ) -> int:
-        """The same for guesses of these chances; `guessing` says the seconds it takes to make so many of them."""
+        """How many guesses of these chances pay; `guessing` says the seconds it takes to make so many of them."""
         rows = other_rows + 1
         best, expected, chance = 0, float(rows), 1.0
         best_rate = _PAYS * expected / (self._passes.expect(rows) + guessing(0))
@@ -161,8 +172,11 @@ class DraftLength:
             rate = expected / (self._passes.expect(rows + drafted) + guessing(drafted))
             if rate > best_rate:
                 best, best_rate = drafted, rate
-        self._drafted, self._other_rows = best, other_rows
         return best
+
+    def chose(self, drafted: int, other_rows: int) -> None:
+        """So many guesses go into the next pass."""
+        self._drafted, self._other_rows = drafted, other_rows
 
     def can_afford(self, drafted: int, other_rows: int, guessing: Callable[[int], float]) -> bool:
         """Whether no more may be lost by so many guesses than there is to lose."""

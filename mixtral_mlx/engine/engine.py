@@ -26,7 +26,7 @@ from .answering import Answering
 from .blocks import Blocks, fingerprint
 from .drafting import DraftFolder
 from .drafts import PassSeconds
-from .grammar import Format, Grammar, Vocabulary, compiled
+from .grammar import Compiler, Format, Grammar, Vocabulary
 from .prefixes import Prefixes
 from .reply import Channel, Reply
 from .request import EngineError, Request, Scores
@@ -128,7 +128,8 @@ class Engine:
         self._loading = loading
         self._limits = limits
         self._passes = PassSeconds(self.config.num_local_experts, self.config.num_experts_per_tok)
-        self._vocabulary: Vocabulary | None = None
+        tokenizer, config = self.tokenizer, self.config
+        self._compiler = Compiler(lambda: Vocabulary(tokenizer, config.vocab_size, config.eos_token_ids))
         self._disk = (
             Blocks(cache_dir, cache_bytes, fingerprint(folder, f"{loading.dtype} {checkpoint.dtype}"))
             if cache_dir
@@ -289,14 +290,9 @@ class Engine:
         else:
             return None
         try:
-            return self._compilers.submit(lambda: compiled(asked, self._tokens(), begins=begins))
+            return self._compilers.submit(self._compiler.compiled, asked, begins=begins)
         except RuntimeError:
             raise EngineError("The engine is closed.", code="closed", hint="Load the model again.") from None
-
-    def _tokens(self) -> Vocabulary:
-        if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
-        return self._vocabulary
 
     def use_adapter(self, folder: str | Path | None) -> None:
         """Put a LoRA adapter in mlx-lm's format into the model, or none; replaces the one that is there.

@@ -12,8 +12,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -24,12 +26,14 @@ from . import proof
 from .schemas import MOST_DEPTH, GrammarError, check_schema, schemas_within
 from .vocabulary import Vocabulary
 
-__all__ = ["Format", "Grammar", "GrammarError", "Limits", "Matcher", "Vocabulary", "compiled"]
+__all__ = ["Compiler", "Format", "Grammar", "GrammarError", "Limits", "Matcher", "Vocabulary", "compiled"]
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Kind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
+_MOST_KEPT = 16
+_KEPT_TEXT = 8 << 10  # Larger ones are rare, and may take much memory.
 
 # As json.dumps writes, and most of what models have read. Free white space would cost a choice at every comma, and
 # a model that is unsure can fill a whole answer with it.
@@ -152,16 +156,53 @@ class Matcher:
             raise _too_slow(f"took {seconds:.2f} s for one token")
 
 
+class Compiler:
+    """Compiles formats for one vocabulary, on any thread; what was asked for lately is not compiled again."""
+
+    def __init__(self, make_vocabulary: Callable[[], Vocabulary]) -> None:
+        self._make_vocabulary = make_vocabulary
+        self._vocabulary: Vocabulary | None = None
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compiled(self, format: Format, *, begins: bool = True) -> Grammar:
+        """As the function of that name does."""
+        limits = Limits()
+        text = _written(format, limits, begins=begins)
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._make_vocabulary()
+            vocabulary = self._vocabulary
+            if text in self._kept:
+                self._kept.move_to_end(text)
+                return self._kept[text]
+        grammar = _compiled(text, vocabulary, limits, begins=begins)
+        if len(text) <= _KEPT_TEXT:
+            with self._lock:
+                self._kept[text] = grammar
+                if len(self._kept) > _MOST_KEPT:
+                    self._kept.popitem(last=False)
+        return grammar
+
+
 def compiled(format: Format, vocabulary: Vocabulary, *, begins: bool = True, limits: Limits = Limits()) -> Grammar:
     """Compile `format` on the calling thread, in less than a second. Raises `GrammarError`.
 
     With `begins` the text comes where a detokenizer drops one first space, as after `[/INST]`: that space comes
     first, and the grammar speaks of what is shown."""
+    return _compiled(_written(format, limits, begins=begins), vocabulary, limits, begins=begins)
+
+
+def _written(format: Format, limits: Limits, *, begins: bool) -> str:
+    """`format` as the compiler reads it."""
     body = _body(format, limits)
     grammars: list[dict[str, Any]] = [{"name": "text", **body}]
     if begins:
         grammars.insert(0, {"lark_grammar": 'start: " " @text'})
-    text = _json({"grammars": grammars})
+    return _json({"grammars": grammars})
+
+
+def _compiled(text: str, vocabulary: Vocabulary, limits: Limits, *, begins: bool) -> Grammar:
     _prove(text, limits)
     from llguidance import LLMatcher, LLParserLimits
 

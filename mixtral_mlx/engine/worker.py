@@ -525,7 +525,7 @@ class Worker:
         group = [
             (answering, part)
             for (answering, _), results in zip(launched.group, launched.results, strict=True)
-            if (part := answering.to_run_ahead(results)) and not answering.finished
+            if (part := answering.to_run_ahead(results, len(launched.group) - 1)) and not answering.finished
         ]
         if len(group) < len(launched.group):
             return None  # What the others need has to be seen first.
