@@ -22,14 +22,14 @@ export class HelperError extends Error {
 /** Waits before a restart double from half a second to half a minute. */
 export const backoff = (failures) => Math.min(500 * 2 ** (failures - 1), 30_000);
 
-/** Cuts a stream of bytes into lines, wherever the chunks end. The helper writes ASCII, so no character is cut. */
+/** Cuts a stream of bytes into lines, wherever the chunks end; they become characters only when they are whole. */
 export class Lines {
   #begun = "";
 
   add(chunk) {
     const lines = (this.#begun + chunk.toString("latin1")).split("\n");
     this.#begun = lines.pop();
-    return lines.filter(Boolean);
+    return lines.filter(Boolean).map((line) => Buffer.from(line, "latin1").toString("utf8"));
   }
 }
 

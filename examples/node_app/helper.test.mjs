@@ -35,12 +35,12 @@ const exists = (pid) => {
 };
 
 test("lines are put together, wherever the chunks end", () => {
-  const whole = Buffer.from('{"a":1}\n{"b":2}\n\n{"c":3}\n');
+  const whole = Buffer.from('{"a":1}\n{"b":"é"}\n\n{"c":3}\n');
   for (let cut = 0; cut <= whole.length; cut++) {
     const lines = new Lines();
     assert.deepEqual([...lines.add(whole.subarray(0, cut)), ...lines.add(whole.subarray(cut))], [
       '{"a":1}',
-      '{"b":2}',
+      '{"b":"é"}',
       '{"c":3}',
     ]);
   }

@@ -4,6 +4,7 @@ import MixtralKit
 import SwiftUI
 
 @main
+@MainActor
 struct MixtralApp: App {
     @State private var chat = ChatModel()
 
@@ -16,6 +17,7 @@ struct MixtralApp: App {
     }
 }
 
+@MainActor
 struct ContentView: View {
     @Bindable var chat: ChatModel
 
@@ -42,9 +44,9 @@ struct ContentView: View {
                 TextField("Message", text: $chat.draft, axis: .vertical)
                     .onSubmit { chat.send() }
                 if chat.isAnswering {
-                    Button("Stop", action: chat.stopAnswering).keyboardShortcut(".", modifiers: .command)
+                    Button("Stop") { chat.stopAnswering() }.keyboardShortcut(".", modifiers: .command)
                 } else {
-                    Button("Send", action: chat.send).disabled(!chat.canSend)
+                    Button("Send") { chat.send() }.disabled(!chat.canSend)
                 }
             }
             .padding()

@@ -21,10 +21,17 @@ final class TranscriptTests: XCTestCase {
         try transcript().compactMap { try JSONDecoder().decode(Line.self, from: $0).from }
     }
 
-    private func sent() throws -> [NSDictionary] {
+    private func sent() throws -> [[String: Any]] {
         try transcript().compactMap {
-            try (JSONSerialization.jsonObject(with: $0) as? [String: Any])?["to"] as? NSDictionary
+            let line = try JSONSerialization.jsonObject(with: $0) as? [String: Any]
+            return line?["to"] as? [String: Any]
         }
+    }
+
+    /// The same text for the same JSON.
+    private func canonical(_ object: [String: Any]) throws -> String {
+        let data = try JSONSerialization.data(withJSONObject: object, options: [.sortedKeys])
+        return String(decoding: data, as: UTF8.self)
     }
 
     func testEveryMessageIsKnown() throws {
@@ -66,9 +73,9 @@ final class TranscriptTests: XCTestCase {
         for command in written {
             let line = try command.line()
             XCTAssertEqual(line.last, 0x0A)
-            let object = try XCTUnwrap(JSONSerialization.jsonObject(with: line) as? NSDictionary)
-            let recorded = try sent().first { ($0["id"] as? String) == (object["id"] as? String) }
-            XCTAssertEqual(object, recorded)
+            let object = try XCTUnwrap(try JSONSerialization.jsonObject(with: line) as? [String: Any])
+            let recorded = try XCTUnwrap(try sent().first { ($0["id"] as? String) == (object["id"] as? String) })
+            XCTAssertEqual(try canonical(object), try canonical(recorded))
         }
     }
 }
