@@ -52,6 +52,10 @@ _ROUTING = {
 def document(*, with_key: bool) -> dict[str, Any]:
     """The document, of a server that asks for a key or does not."""
     made = openapi(__version__, with_key=with_key)
+    for operations in made["paths"].values():
+        content = operations.get("post", {}).get("responses", {}).get("200", {}).get("content", {})
+        if "text/event-stream" in content:
+            content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema for the events of a stream.
     errors = {
         status: answer for status, answer in made["paths"]["/v1/models"]["get"]["responses"].items() if status != "200"
     }
