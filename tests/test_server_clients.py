@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,6 +165,9 @@ class OpenAI:
     def __init__(self, server: Served) -> None:
         self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
 
+    def close(self) -> None:
+        self.client.close()
+
     def models(self) -> list[str]:
         return [model.id for model in self.client.models.list()]
 
@@ -186,6 +190,9 @@ class AsyncOpenAI(OpenAI):
 
     def __init__(self, server: Served) -> None:
         self.url = f"{server.url}/v1"
+
+    def close(self) -> None:
+        """Each question has a client of its own."""
 
     def _run(self, ask: Callable[[openai.AsyncOpenAI], Any]) -> Any:
         async def run() -> Any:
@@ -262,6 +269,9 @@ class Anthropic(OpenAI):
     def __init__(self, server: Served) -> None:
         self.messages = anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
 
+    def close(self) -> None:
+        self.messages.close()
+
     def models(self) -> list[str]:
         return [model.id for model in self.messages.models.list()]
 
@@ -301,6 +311,10 @@ class LangChain(OpenAI):
 
     def __init__(self, server: Served) -> None:
         self.url = f"{server.url}/v1"
+        self.http = openai.DefaultHttpxClient()
+
+    def close(self) -> None:
+        self.http.close()
 
     def _model(self, question: Question) -> Any:
         asked = question.openai()
@@ -308,7 +322,7 @@ class LangChain(OpenAI):
         del asked["messages"]
         url: Any = self.url
         key: Any = "secret"
-        model = ChatOpenAI(base_url=url, api_key=key, stream_usage=True, max_retries=0, **made)
+        model = ChatOpenAI(base_url=url, api_key=key, stream_usage=True, max_retries=0, http_client=self.http, **made)
         return model.bind(**asked)
 
     def ask(self, question: Question) -> list[Said]:
@@ -495,7 +509,8 @@ def test_a_real_client_gets_what_the_engine_says(
     demo: Engine, tools: Engine, server: Served, tool_server: Served, client: str, scenario: str
 ) -> None:
     engine, at = (tools, tool_server) if scenario in WITH_TOOLS else (demo, server)
-    SCENARIOS[scenario](Place(CLIENTS[client](at), engine))
+    with closing(CLIENTS[client](at)) as made:
+        SCENARIOS[scenario](Place(made, engine))
 
 
 # Programs that cannot run here: what they send, as it was seen or is in their source, and decoders as strict as theirs.
