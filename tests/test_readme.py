@@ -55,7 +55,7 @@ def test_the_pipe_example_gives_the_printed_output() -> None:
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
 def test_every_local_link_exists(link: str) -> None:
     file, _, heading = link.partition("#")
-    text = (ROOT / file).read_text() if file else README
+    text = (ROOT / file).read_bytes().decode(errors="replace") if file else README
     headings = [re.sub(r"[^\w-]", "", line.lower().replace(" ", "-")) for line in re.findall(r"^#+ (.+)$", text, re.M)]
     assert not heading or heading in headings
 

@@ -52,12 +52,12 @@ class Format:
 class Limits:
     """What a grammar may cost; more ends in `GrammarError`.
 
-    The process that proves it gets `cpu_seconds`, `memory_bytes` and `stack_bytes`, and is given up after `seconds`;
-    `step_seconds` is CPU time for the tokens allowed at one place."""
+    The process that proves it gets `cpu_seconds`, `memory_bytes` and `stack_bytes`; `seconds` of waiting are for a
+    machine that is too busy to give it those. `step_seconds` is CPU time for the tokens allowed at one place."""
 
     text_bytes: int = 256 << 10
     unproved_text_bytes: int = 8 << 10
-    seconds: float = 0.8
+    seconds: float = 5.0
     cpu_seconds: float = 0.25
     memory_bytes: int = 96 << 20
     stack_bytes: int = 4 << 20
