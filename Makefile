@@ -2,10 +2,11 @@
 #   make chat    talk to the built-in demo model (MODEL=folder for a real one)
 #   make test    run the tests
 #   make test-node   run those that need Node.js and packages of npm's
+#   make test-page  try the page in a Chromium (SCREENSHOTS=folder keeps pictures)
 #   make check   format, lint, types, tests
 #   make fix     format, and mend what the linter can
 #   make bench   measure the demo model (or MODEL=folder) next to mlx-lm, and write the table in README.md
-.PHONY: chat test test-long test-node lint check fix bench clean
+.PHONY: chat test test-long test-node test-page lint check fix bench clean
 SHELL := /bin/sh
 
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -23,6 +24,10 @@ test-long: .venv/ready-dev
 
 test-node: .venv/ready-dev .venv/node/ready
 	@$(BIN)/python -m pytest -m "node and not long" $(ARGS)
+
+test-page: .venv/ready-page
+	@$(BIN)/python -m tests.chromium
+	@$(BIN)/python -m pytest -n auto -m browser tests/test_page.py $(ARGS)
 
 lint: .venv/ready-dev
 	@$(BIN)/ruff format --check .
@@ -55,6 +60,10 @@ clean:
 .venv/ready-dev: pyproject.toml | .venv/bin/python
 	@$(BIN)/python -m pip install -q -e . --group dev >&2
 	@touch $@ .venv/ready
+
+.venv/ready-page: .venv/ready-dev
+	@$(BIN)/python -m pip install -q --group page >&2
+	@touch $@
 
 # No lock file: it would name where the packages were fetched from, and package.json has exact versions.
 .venv/node/ready: tests/node/package.json | .venv/bin/python

@@ -3,14 +3,15 @@
     python benchmarks/engine.py batches FOLDER [--concurrent 1 2 4 8 16 --tokens 16 --turns 3 --mlx-lm]
     python benchmarks/engine.py gap FOLDER [--prompt 4000]
     python benchmarks/engine.py follow-up FOLDER [--prompt 2000 --turns 3]
-    python benchmarks/engine.py speculation FOLDER [--memory 12GB --tokens 96 --turns 3]
+    python benchmarks/engine.py speculation FOLDER [--draft FOLDER --memory 12GB --tokens 96 --turns 3]
 
 batches: tokens per second of all requests together, with prompts of 8 random ids, drawn at temperature 1; next to
 mlx-lm on the same weights in float32, with --their-tokens each, since it may be slow. gap: the longest pause of a
 running stream while a long prompt is read, over what one chunk of that prompt takes alone. follow-up: seconds to the
 first token after a long prompt that was read before, from memory, and from disk after a restart, over the cold ones.
-speculation: with drafts and without, on a text to be copied (by a model that can), on one token again and again
-(where every guess is right), and on free text at temperature 1, where hardly any is."""
+speculation: with guesses and without, copied from the text or a draft model's, on a text to be copied with edits (by a
+model that can, which copier.py builds), on one token again and again (where every copied guess is right), and on free
+text at temperature 1, where hardly any is. Ratios are of runs that followed each other."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+import copier
 import numpy as np
 from agreement import theirs_in_float32
 
@@ -158,36 +160,39 @@ def _first_token(engine: Engine, prompt: Sequence[int]) -> float:
 
 # Drafts.
 
-_COPIED = (
-    "Copy this list and change nothing: The capital of France is Paris. The capital of Italy is Rome. The capital of "
-    "Japan is Tokyo. The capital of Spain is Madrid. The capital of Norway is Oslo."
-)
-
 
 def speculation(args: argparse.Namespace) -> None:
-    with load(args.folder, memory=args.memory) as engine:
-        copied = engine.tokenizer.encode(_COPIED)
+    ways: list[Literal["n-gram", "draft"] | None] = [None, "n-gram"]
+    if args.draft:
+        ways.append("draft")
+    with load(args.folder, memory=args.memory, draft=args.draft) as engine:
+        edited, _ = copier.task(engine.tokenizer)
         kinds: list[tuple[str, list[int], dict[str, Any]]] = [
-            ("copy", [*copied, *copied[1:8]], {"temperature": 0.0}),
-            ("loop", copied, {"temperature": 0.0, "logit_bias": {copied[5]: 1000.0}}),
+            ("edit", edited, {"temperature": 0.0}),
+            ("loop", edited, {"temperature": 0.0, "logit_bias": {edited[5]: 1000.0}}),
             ("free", engine.tokenizer.encode("Once upon a time"), {"temperature": 1.0, "seed": 1}),
         ]
-        print("text  tokens per pass  tok/s with  without  ratio  same tokens")
-        for name, prompt, how in kinds:
-            rates: dict[Any, list[float]] = {"n-gram": [], None: []}
-            texts, per_pass = set(), 0.0
-            for _ in range(args.turns + 1):
-                for speculate in rates:
+        print("text  guesses  tokens per pass   tok/s  × without  lowest  same tokens")
+        for name, prompt, how in (kind for kind in kinds if kind[0] in args.texts):
+            rates: dict[Any, list[float]] = {way: [] for way in ways}
+            texts, per_pass = set(), dict.fromkeys(ways, 0.0)
+            for _ in range(args.turns + 1):  # The first warms up.
+                for way in ways:
                     before = engine.stats()["requests"]["passes"]
                     result = engine.complete(
-                        prompt, max_tokens=args.tokens, ignore_eos=True, speculate=speculate, **how
+                        prompt, max_tokens=args.tokens, ignore_eos=True, speculate=way, **how
                     ).result()
-                    rates[speculate].append(result.usage.generation_tps)
+                    rates[way].append(result.usage.generation_tps)
                     texts.add(result.tokens)
-                    if speculate:
-                        per_pass = len(result.tokens) / (engine.stats()["requests"]["passes"] - before)
-            fast, plain = (median(rates[key][1:]) for key in ("n-gram", None))
-            print(f"{name:4}  {per_pass:15.2f}  {fast:10.2f}  {plain:7.2f}  {fast / plain:5.2f}  {len(texts) == 1}")
+                    per_pass[way] = len(result.tokens) / (engine.stats()["requests"]["passes"] - before)
+            for way in ways:
+                pairs = zip(rates[way][1:], rates[None][1:], strict=True)
+                ratios = sorted(fast / plain for fast, plain in pairs)
+                print(
+                    f"{name:4}  {way or 'none':7}  {per_pass[way]:15.2f}  {median(rates[way][1:]):6.2f}"
+                    f"  {median(ratios):9.2f}  {ratios[0]:6.2f}  {len(texts) == 1}",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -209,6 +214,10 @@ def main() -> None:
             command.add_argument("--their-tokens", type=int, default=4)
         if name == "speculation":
             command.add_argument("--memory", type=parse_size)
+            command.add_argument(
+                "--texts", nargs="+", choices=["edit", "loop", "free"], default=["edit", "loop", "free"]
+            )
+            command.add_argument("--draft", type=lambda text: locate(None if text == "demo" else text))
     args = parser.parse_args()
     args.run(args)
 

@@ -7,20 +7,24 @@
     model      the mathematics
     experts    experts that stay on the SSD until they are needed
     cpu        products and attention where there is no GPU
+    routing    which experts each token is given, noted on a loaded model
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
     engine     many requests at once, for programs that embed a model
-    protocol   OpenAI's and Anthropic's JSON ↔ what the engine takes and gives
     opening    a model opened from a command line, with a bar
+    protocol   OpenAI's and Anthropic's JSON ↔ what the engine takes and gives
     session    a conversation: its messages, settings and commands
     speeds     what this machine reaches, measured or assumed
     plan       what runs in how much memory, in words
     chat       the conversation in the terminal, with terminal and markdown for the screen
+    page       the chat page that a server gives out
+    server     the engine over HTTP, for programs that speak OpenAI's and Anthropic's APIs
     helper     the engine as an app's child process: JSON lines on stdin and stdout
     cli        the command `mixtral-mlx`
     convert    checkpoints → our folder format
     bench      how fast a model runs here, next to another engine
+    routes     which experts each token of a text used, as figures and pictures
     demo       a small trained Mixtral to try everything on
 
 Importing this package imports neither MLX nor mlx-lm; each name below is fetched on first use."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .generate import Chunk, Sampling, Usage
     from .plan import Answer as Planned
     from .prompt import Tokenizer
+    from .routes.commands import Answer as Routed
 
 
 class UsageError(MixtralError):
@@ -94,7 +95,6 @@ def _print_json(data: dict[str, Any]) -> None:
 
 # Arguments.
 
-_LATER_COMMANDS = ("routes",)
 _EPILOG = """commands:
   chat         talk with a model in the terminal
   generate     complete one prompt
@@ -105,6 +105,7 @@ _EPILOG = """commands:
   perplexity   measure how well a model predicts a text
   bench        measure how fast a model runs here, next to mlx-lm
   helper       answer an app that started this, in JSON lines on stdin and stdout
+  routes       show which experts each token of a text used
 
 `mixtral-mlx COMMAND --help` says more."""
 
@@ -125,11 +126,6 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _refuse_command(command: str) -> NoReturn:
-    if command in _LATER_COMMANDS:
-        raise UsageError(
-            f"`{command}` is not part of mixtral-mlx {__version__}; there are: {', '.join(_COMMANDS)}.",
-            code="not_available",
-        )
     if command.startswith("-"):
         raise UsageError(
             f"{command} stands before the command.", code="no_command", hint="Write: mixtral-mlx COMMAND [OPTIONS]"
@@ -367,11 +363,7 @@ def _parse_generate(arguments: list[str]) -> _Request:
     _add_model(parser, "required")
     _add_settings(parser, {"temperature": "0", "max_tokens": str(_MAX_TOKENS)})
     parsed = parser.parse(arguments)
-    name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
-    if not name:
-        raise UsageError(
-            "No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo for the built-in toy."
-        )
+    name = _required_model(parsed)
     if parsed.prompt is not None and parsed.prompt_ids is not None:
         raise UsageError("Both --prompt and --prompt-ids were given, expected one.", code="bad_option")
     if parsed.prompt_ids is not None and parsed.chat:
@@ -385,6 +377,15 @@ def _parse_generate(arguments: list[str]) -> _Request:
 
 
 _MAX_TOKENS = 512
+
+
+def _required_model(parsed: argparse.Namespace) -> str:
+    name: str | None = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
+    if not name:
+        raise UsageError(
+            "No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo for the built-in toy."
+        )
+    return name
 
 
 def _ids(text: str) -> list[int]:
@@ -647,6 +648,7 @@ def _serve(arguments: list[str]) -> int:
         "max_concurrent": max_concurrent,
         "max_queue": max_queue,
         "adapter": parsed.adapter,
+        "draft": parsed.draft,
         "prefix_memory": parsed.prefix_memory,
         "cache_dir": parsed.cache_dir,
         "cache_size": parsed.cache_size,
@@ -663,7 +665,7 @@ def _serve_parser() -> _Parser:
     _add_model(parser, "the demo")
     group = parser.add_argument_group("where it listens, and to whom")
     group.add_argument("--host", metavar="H", help="address to listen at; another machine's needs a key (127.0.0.1)")
-    group.add_argument("--port", type=_count(0), metavar="N", help="port to listen at; 0 takes a free one (8080)")
+    group.add_argument("--port", type=_port, metavar="N", help="port to listen at; 0 takes a free one (8080)")
     group.add_argument("--uds", type=Path, metavar="PATH", help="a Unix socket to listen at instead")
     group.add_argument(
         "--api-key",
@@ -713,10 +715,19 @@ def _serve_parser() -> _Parser:
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep read prompts there over restarts (nowhere)")
     group.add_argument("--cache-size", type=_size, default=10 * 10**9, metavar="SIZE", help="most they take (10GB)")
     group.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter in mlx-lm's format")
+    group.add_argument(
+        "--draft", metavar="M", help='a small model with the same tokenizer, for requests with "speculate": "draft"'
+    )
     group = parser.add_argument_group("what it says")
     group.add_argument("--log-prompts", action="store_true", help="also log what is asked, which is private")
     group.add_argument("--quiet", action="store_true", help="no progress bar and no line for each request")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a port from 0 to 65535")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -926,12 +937,52 @@ def _add_engine(parser: _Parser) -> None:
     )
 
 
+# routes
+
+_ROUTES = """Show which experts each token of a prompt and its answer used, layer by layer, how evenly that loads them,
+and how often they come again: as a table, and with --output as a picture."""
+_ROUTES_EPILOG = """examples:
+  mixtral-mlx routes --model demo --chat --prompt "What do cats eat?" --output routes.png
+  mixtral-mlx routes --model ~/models/mixtral-q4 --memory 12GB --prompt "def fib(n):" --output routes.html"""
+_ROUTES_TOKENS = 64
+
+
+def _routes(arguments: list[str]) -> int:
+    parser = _Parser("mixtral-mlx routes", description=_ROUTES, epilog=_ROUTES_EPILOG)
+    parser.add_argument("--prompt", metavar="TEXT", help="text to complete (stdin)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message, to be answered")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt, with --chat")
+    parser.add_argument("--output", type=_picture, metavar="F.png|F.html", help="draw a picture, or a page with one")
+    _add_output(parser, "print one object: tokens, choices, weights, counts, by_layer, overall …")
+    _add_model(parser, "required")
+    _add_settings(parser, {"temperature": "0", "max_tokens": str(_ROUTES_TOKENS)})
+    parsed = parser.parse(arguments)
+    name = _required_model(parsed)
+    if parsed.system and not parsed.chat:
+        raise UsageError("--system goes with --chat only.", code="bad_option", hint="Add --chat.")
+    text = _stdin_text() if parsed.prompt is None else parsed.prompt
+    settings = {"max_tokens": _ROUTES_TOKENS, **_settings(parsed)}
+    from .routes import commands
+
+    request = commands.Request(_model_choice(parsed, name), text, parsed.chat, parsed.system, settings, parsed.output)
+    answer = commands.routes(request)
+    _show(answer, as_json=parsed.json)
+    return 130 if answer.interrupted else 0
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".html"):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in .png or .html")
+    return path
+
+
 def _add_output(parser: _Parser, json_help: str) -> None:
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def _show(answer: Answer | Measured | Planned, *, as_json: bool) -> int:
+def _show(answer: Answer | Measured | Planned | Routed, *, as_json: bool) -> int:
     for entry in answer.objects if as_json else ():
         _print_json(entry)
     if not as_json:
@@ -947,6 +998,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "perplexity": _perplexity,
     "bench": _bench,
     "plan": _plan,
+    "routes": _routes,
     "serve": _serve,
     "helper": _helper,
 }

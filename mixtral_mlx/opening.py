@@ -53,8 +53,9 @@ def wired(choice: ModelChoice) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plain:
-    """A model for the plain path, on this thread, with its tokenizer and one running cache."""
+    """A model for the plain path, on this thread, with what people call it, its tokenizer and one running cache."""
 
+    name: str
     loaded: Loaded
     tokenizer: Tokenizer
     conversation: Conversation
@@ -85,6 +86,7 @@ def open_model(choice: ModelChoice) -> Plain:
     _say_note(loaded, choice)
     plan = loaded.plan
     return Plain(
+        _shown_name(choice, is_demo=folder == locate(None)),
         loaded,
         tokenizer,
         Conversation(loaded.model, kv_bits=choice.kv_bits, context=plan.context, chunk_tokens=plan.chunk_tokens),
@@ -117,7 +119,7 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
             **options,
         )
     is_demo = folder == locate(None)
-    ready = Ready("the demo model" if is_demo else _model_name(choice.name or "", folder), engine, is_demo)
+    ready = Ready(_shown_name(choice, is_demo=is_demo), engine, is_demo)
     if cpu.is_available() and cpu.has_to_compile(ready.loaded.model):
         with _compiling(choice):
             engine.complete([1] * _FOR_ALL_KERNELS, max_tokens=2).result()
@@ -131,7 +133,7 @@ _FOR_ALL_KERNELS = 17
 
 def _fetched(locate: Callable[..., Path], choice: ModelChoice) -> Path:
     if choice.quiet or not sys.stderr.isatty():
-        _silence_downloads()
+        silence_downloads()
     return locate(choice.name, offline=choice.offline)
 
 
@@ -148,14 +150,18 @@ def _say_note(loaded: Loaded, choice: ModelChoice) -> None:
         print(loaded.note, file=sys.stderr, flush=True)
 
 
-def _silence_downloads() -> None:
+def silence_downloads() -> None:
+    """Keep what fetches a model from drawing bars of its own."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
 
 
-def _model_name(name: str, folder: Path) -> str:
-    return folder.resolve().name if Path(name).expanduser().is_dir() else name
+def _shown_name(choice: ModelChoice, *, is_demo: bool) -> str:
+    if is_demo:
+        return "the demo model"
+    path = Path(choice.name or "").expanduser()
+    return path.resolve().name if path.is_dir() else choice.name or ""
 
 
 def _left_beside(held: int, budget: int) -> int:

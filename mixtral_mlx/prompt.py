@@ -147,9 +147,19 @@ class Tokenizer:
         surface = self._surface(token)
         return surface if isinstance(surface, bytes) else surface.replace(_SPACE, " ").encode()
 
+    def difference(self, other: Tokenizer) -> str:
+        """The first way in which ids mean something else to `other`, in words; "" if they all mean the same."""
+        if self.name != other.name:
+            return f"it is {other.name}, expected {self.name}"
+        ours, theirs = self._pieces, other._pieces
+        for token in range(self.vocab_size):
+            if _traits(ours, token) != _traits(theirs, token):
+                return f"piece {token} is {theirs.id_to_piece(token)!r}, expected {ours.id_to_piece(token)!r}"
+        return ""
+
     def piece(self, token: int) -> str:
-        """A token as the vocabulary writes it, also where it is no text."""
-        return self._pieces.id_to_piece(token) if 0 <= token < self.vocab_size else f"<{token}>"
+        """A token as its vocabulary writes it: `▁the`, `[INST]`, `<0x0A>` for a byte; its number if it has no name."""
+        return str(self._pieces.id_to_piece(token)) if 0 <= token < self.vocab_size else f"<{token}>"
 
     def _is_control(self, token: int) -> bool:
         return 0 <= token < self.vocab_size and bool(self._pieces.is_control(token))

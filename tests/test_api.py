@@ -21,14 +21,18 @@ LAYERS: dict[str, set[str]] = {
     "speeds": {"bench", "budget", "config", "memory"},
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
+    "routing": {"model"},
     "weights": {"budget", "config", "cpu", "experts", "memory", "model"},
     "prompt": {"config"},
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
-    "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "weights"},
+    "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
+    "server": {"__version__", "config", "engine", "opening", "page", "protocol", "terminal"},
     "helper": {"__version__", "config", "engine", "memory", "prompt", "protocol", "server"},
     "protocol": {"config", "engine", "generate", "prompt"},
+    "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
+    "page": set(),
 }
 
 

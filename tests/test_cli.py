@@ -83,7 +83,6 @@ TOP = [
     ("", "no_command", "mixtral-mlx --help"),
     ("cht", "unknown_command", "Did you mean chat?"),
     ("--model x chat", "no_command", "--model stands before the command"),
-    *((name, "not_available", name) for name in ("routes",)),
 ]
 
 

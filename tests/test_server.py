@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 from starlette.routing import Route
 
+from mixtral_mlx import page
+from mixtral_mlx.cli import main
 from mixtral_mlx.config import MixtralError
 from mixtral_mlx.engine.engine import Engine, load
 from mixtral_mlx.engine.request import Done, EngineError, PromptProgress, Token
@@ -48,7 +50,14 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def server(engine: Engine) -> Iterator[Served]:
-    with served(engine, headers_s=0.4, body_s=0.4, waiting_s=0.05) as running:
+    with served(engine, waiting_s=0.05) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty(engine: Engine) -> Iterator[Served]:
+    """A server that does not wait long for what it has been promised."""
+    with served(engine, headers_s=0.3, body_s=0.3) as running:
         yield running
 
 
@@ -232,7 +241,11 @@ def test_the_table_of_what_comes_over_the_wire_has_60_cases() -> None:
 
 
 @pytest.mark.parametrize("case", WIRE, ids=lambda case: case.name)
-def test_whatever_comes_over_the_wire_has_its_status_and_hurts_no_one(server: Served, case: Wire) -> None:
+def test_whatever_comes_over_the_wire_has_its_status_and_hurts_no_one(
+    server: Served, hasty: Served, case: Wire
+) -> None:
+    if 408 in case.statuses or not case.sent:
+        server = hasty
     with server.connect() as client:
         sending = threading.Thread(target=_sent, args=[client, case.sent])
         sending.start()
@@ -395,6 +408,12 @@ def test_an_origin_that_is_none_is_refused_at_the_start(origin: str) -> None:
         ServerSettings(allow_origins=(origin,))
 
 
+RIGHT_KEYS = [{"authorization": "Bearer secret"}, {"authorization": "bearer secret"}, {"x-api-key": "secret"}]
+RIGHT_KEYS += [{"api-key": "secret"}, {"authorization": "Bearer none", "x-api-key": "secret"}]
+WRONG_KEYS: list[dict[str, str]] = [{}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}]
+WRONG_KEYS += [{"x-api-key": "secre"}, {"x-api-key": "secret1"}, {"api-key": ""}, {"authorization": "Basic secret"}]
+
+
 def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> None:
     app = create_app(engine, ServerSettings(api_key="secret"))
     folder = files("mixtral_mlx") / "page"
@@ -405,20 +424,42 @@ def test_every_route_but_health_and_the_page_needs_the_key(engine: Engine) -> No
         assert route.methods
         for method in sorted({*route.methods, "OPTIONS", "DELETE"}):
             path = route.path.replace("{model:path}", "demo")
-            wrong: tuple[dict[str, str], ...] = (
-                {},
-                {"authorization": "Bearer wrong"},
-                {"authorization": "secret"},
-                {"x-api-key": "secre"},
-            )
-            for key in wrong:
+            for key in WRONG_KEYS:
                 answer = called(app, {**ASKS, **key}, method=method, path=path)
                 assert (answer.status == 401) == (path not in page | {"/health"}), (path, method, answer)
                 tried += 1
-            for key in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}, {"api-key": "secret"}):
+            for key in RIGHT_KEYS:
                 assert called(app, {**ASKS, **key}, method=method, path=path).status != 401
     assert tried > 50
     assert called(app, HERE, method="GET", path="/nothing").status == 401  # Nor is it said what there is.
+
+
+def test_the_page_is_served_without_the_key_and_may_run_nothing_but_its_own(engine: Engine) -> None:
+    app = create_app(engine, ServerSettings(api_key="secret"))
+    answer = called(app, HERE, method="GET", path="/")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert answer.body == (page.FOLDER / "index.html").read_bytes()
+    assert answer.headers["content-security-policy"] == page.CONTENT_SECURITY_POLICY
+    assert page.CONTENT_SECURITY_POLICY.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+    assert (answer.headers["x-content-type-options"], answer.headers["referrer-policy"]) == ("nosniff", "no-referrer")
+    script = called(app, HERE, method="GET", path="/page.js")
+    assert (script.status, script.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+    for path in ("/__init__.py", "/notes", "/page/index.html", "/index.html", "/../page.js"):
+        assert called(app, HERE, method="GET", path=path).status == 401
+        assert called(app, {**HERE, "x-api-key": "secret"}, method="GET", path=path).status == 404
+
+
+def test_choices_of_experts_are_counted_while_somebody_asks_for_them(engine: Engine) -> None:
+    app = create_app(engine)
+    engine.reset_routing()
+    assert called(app, HERE, method="GET", path="/routing").json["tokens"] == 0
+    result = engine.complete([1, 22557, 1526], max_tokens=2, ignore_eos=True).result()
+    said = called(app, HERE, method="GET", path="/routing").json
+    layers, experts = engine.config.num_hidden_layers, engine.config.num_local_experts
+    assert (said["layers"], said["experts"], len(said["last"])) == (layers, experts, layers)
+    read = result.usage.prompt_tokens - result.usage.cached_tokens + result.usage.completion_tokens - 1
+    assert said["tokens"] == read > 0
+    assert [sum(layer) for layer in said["counts"]] == [read * engine.config.num_experts_per_tok] * layers
 
 
 # What comes back.
@@ -679,7 +720,7 @@ def check_stream(pieces: Sequence[bytes]) -> None:
 
 
 def test_streams_cut_at_every_byte_parse_the_same(engine: Engine) -> None:
-    for seed in range(200):
+    for seed in range(100):
         check_stream(some_stream(engine, random.Random(seed)))
 
 
@@ -743,6 +784,13 @@ def test_a_signal_ends_streams_properly_and_the_server_within_three_seconds(
     assert process.stderr.read() == ""
 
 
+def test_a_second_signal_ends_the_process_at_once(process: subprocess.Popen[str]) -> None:
+    port_of(process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -793,6 +841,33 @@ def test_serving_on_other_machines_addresses_without_a_key_is_refused() -> None:
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert answer.returncode == 1
     assert answer.stderr.startswith("error[key_required]: The address 0.0.0.0 can be reached from other machines")
+
+
+WRONG_OPTIONS = [
+    ("--port 65536", "--port is '65536', expected a port from 0 to 65535"),
+    ("--port http", "--port is 'http'"),
+    ("--uds a --host b", "Both --uds and --host were given"),
+    ("--uds a --port 1", "Both --uds and --port were given"),
+    ("--timeout 0", "--timeout is '0', expected a number of seconds above 0"),
+    ("--max-body lots", "--max-body is 'lots', expected a number and a unit"),
+    ("--max-queue 0", "--max-queue is '0', expected a whole number of at least 1"),
+    ("--workers 4", "mixtral-mlx serve has no option --workers"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_by_name(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *options.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_upload_that_is_under_way_at_the_end_is_told_so(engine: Engine) -> None:
+    with served(engine, body_s=20) as server, server.connect() as client:
+        client.sendall(head("Content-Length: 100") + b"{")
+        assert until(lambda: bool(server.server.server_state.tasks))
+        server.server.end()
+        answer = next(answers(client))
+    assert (answer.status, answer.code) == (503, "shutting_down")
 
 
 def test_a_file_where_the_socket_should_be_is_left_alone(tmp_path: Path) -> None:

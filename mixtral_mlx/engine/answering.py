@@ -17,6 +17,7 @@ from ..borrowed import RotatingKVCache
 from ..generate import Clock, Sampled, Sampler, Step, Text, Usage, end_tokens, new_caches
 from . import request as events
 from .batch import Part
+from .drafting import Drafting, DraftModel
 from .drafts import PassSeconds, Speculation
 from .frozen import Kind
 from .reply import Channel
@@ -62,6 +63,7 @@ class Answering:
         self._queued_seconds = 0.0
         self._clock: Clock | None = None
         self._draft: list[int] = []
+        self._speculation: Speculation | Drafting | None = None
         self._shown = 0
         self._hidden = np.zeros(1)
 
@@ -97,7 +99,7 @@ class Answering:
         most = len(self.request.prompt) + self.limit
         return min(most, self.request.max_kv + WINDOW_CHUNK_TOKENS) if self.request.max_kv else most
 
-    def start(self, model: Model, tokenizer: Tokenizer) -> None:
+    def start(self, model: Model, tokenizer: Tokenizer, draft: DraftModel | None) -> None:
         """Make ready what generating needs; raises what compiling its grammar did."""
         request, ends = self.request, end_tokens(model, tokenizer)
         sampling = request.sampling
@@ -110,7 +112,7 @@ class Answering:
         )
         self._ends = sorted(ends)
         self._text = Text(tokenizer, request.prompt, sampling, self.limit, ends)
-        self._speculation = Speculation(self.tokens, self._passes) if request.speculate else None
+        self._speculation = self._speculating(draft)
         self._calls: ToolCallStream | None = None
         self._queued_seconds = time.perf_counter() - self._asked_at
         self.has_started = True
@@ -125,9 +127,26 @@ class Answering:
             if self.request.echo:
                 self.channel.put(events.Text(self.request.echo))
 
+    def _speculating(self, draft: DraftModel | None) -> Speculation | Drafting | None:
+        if self.request.speculate == "draft":
+            assert draft
+            return Drafting(draft, self.tokens, self._passes)
+        return Speculation(self.tokens, self._passes) if self.request.speculate else None
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """Its share of the draft model, if it uses that."""
+        return self._speculation if isinstance(self._speculation, Drafting) else None
+
     def pause(self) -> None:
         """Give up the cache; the tokens are read again when there is room."""
         self.cache, self.read = [], 0
+        if self.drafting:
+            self.drafting.let_go()
+
+    def let_go(self) -> None:
+        """Hold on to nothing of the model's any more: what has ended may be kept for as long as its reader likes."""
+        self.cache, self._speculation = [], None
 
     # What goes into a pass.
 
@@ -148,7 +167,8 @@ class Answering:
         `most_drafted` is how many tokens may be guessed from the text; what a grammar leaves no choice about comes
         in any case. The pass has `other_rows` of other sequences."""
         self._draft = self._guessed(most_drafted, other_rows)
-        return Part([self.tokens[-1], *self._draft], self.cache, 1 + len(self._draft))
+        guesses = len(self._draft)
+        return Part([self.tokens[-1], *self._draft], self.cache, 1 + guesses, guesses=guesses)
 
     def _guessed(self, most_drafted: int, other_rows: int) -> list[int]:
         if self.request.max_kv:

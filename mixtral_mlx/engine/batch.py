@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 class Part:
     """What one sequence puts into a pass: ids to be read into its `cache`; `wanted` logits, those of the last ones.
 
-    With `hidden`, the hidden states of the last ones instead. Ids that are still being computed are an array (T,)."""
+    With `hidden`, the hidden states of the last ones instead. Ids that are still being computed are an array (T,); the
+    last `guesses` of the ids may prove wrong."""
 
     ids: Sequence[int] | mx.array
     cache: Sequence[Any]
     wanted: int
     hidden: bool = False
+    guesses: int = 0
 
 
 def run(model: Model, parts: Sequence[Part]) -> list[mx.array]:

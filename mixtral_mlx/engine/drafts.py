@@ -7,7 +7,7 @@ knows no model, and of time only what it is told."""
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 _TOKEN_BITS = 20  # as many as config allows a vocabulary to have
 _GRAM_SIZES = (3, 2)
@@ -122,16 +122,18 @@ class Drafts:
 class DraftLength:
     """How many tokens of a draft are worth verifying, for one sequence.
 
-    A guess's chance is learned by how many tokens matched before it. Guesses are compared with what the model writes
+    A guess's chance is learned by how many tokens matched before it, or by another number from 0 to 16 that says how
+    sure it is, with `prior_chances` for each. Guesses copied from the text are compared with what the model writes
     whether or not they were verified, so that learning costs nothing and no pass is spent on trying. A wrong estimate
     is bounded by `spare`, the time drafts may still lose, counted in tokens: it grows by a little with each token and
     by what drafts gained, and no draft is chosen that could lose more."""
 
-    def __init__(self, passes: PassSeconds) -> None:
+    def __init__(self, passes: PassSeconds, prior_chances: Sequence[float] | None = None) -> None:
         self.spare = _SPARE_AT_FIRST
         self._passes = passes
-        self._right = [_PRIOR_GUESSES * chance for chance in _PRIOR_CHANCES]
-        self._tried = [_PRIOR_GUESSES for _ in _PRIOR_CHANCES]
+        self._prior_right = [_PRIOR_GUESSES * chance for chance in prior_chances or _PRIOR_CHANCES]
+        self._right = list(self._prior_right)
+        self._tried = [_PRIOR_GUESSES for _ in self._right]
         self._drafted = 0
         self._other_rows = 0
 
@@ -142,38 +144,52 @@ class DraftLength:
 
     def choose(self, matched: int, most: int, other_rows: int = 0) -> int:
         """The number of tokens, up to `most`, with which the pass is expected to bring most tokens per second."""
+        return self.best([self.chance(matched + n) for n in range(most)], other_rows)
+
+    def best(
+        self, chances: Sequence[float], other_rows: int = 0, guessing: Callable[[int], float] = lambda drafted: 0.0
+    ) -> int:
+        """The same for guesses of these chances; `guessing` says the seconds it takes to make so many of them."""
         rows = other_rows + 1
         best, expected, chance = 0, float(rows), 1.0
-        best_rate = _PAYS * expected / self._passes.expect(rows)
-        for drafted in range(1, most + 1):
-            if self._passes.lost_at_most(rows, drafted) > self.spare:
+        best_rate = _PAYS * expected / (self._passes.expect(rows) + guessing(0))
+        for drafted, right in enumerate(chances, 1):
+            if not self.can_afford(drafted, other_rows, guessing):
                 break
-            chance *= self.chance(matched + drafted - 1)
+            chance *= right
             expected += chance
-            rate = expected / self._passes.expect(rows + drafted)
+            rate = expected / (self._passes.expect(rows + drafted) + guessing(drafted))
             if rate > best_rate:
                 best, best_rate = drafted, rate
         self._drafted, self._other_rows = best, other_rows
         return best
 
+    def can_afford(self, drafted: int, other_rows: int, guessing: Callable[[int], float]) -> bool:
+        """Whether no more may be lost by so many guesses than there is to lose."""
+        rows = other_rows + 1
+        lost = self._passes.lost_at_most(rows, drafted) + guessing(drafted) / self._passes.expect(rows) * rows
+        return lost <= self.spare
+
     def learn(self, matched: int, right: bool) -> None:
         """Whether the guess after `matched` tokens was right."""
         matched = min(matched, _LONGEST_MATCH)
         keep = _KEPT_OF_CHANCES
-        self._right[matched] = keep * self._right[matched] + (1 - keep) * _PRIOR_RIGHT[matched] + right
+        self._right[matched] = keep * self._right[matched] + (1 - keep) * self._prior_right[matched] + right
         self._tried[matched] = keep * self._tried[matched] + (1 - keep) * _PRIOR_GUESSES + 1
 
-    def settle(self, tokens: int) -> None:
-        """Count what the last choice gained or lost, now that its pass brought `tokens`."""
+    def settle(self, tokens: int, guessing: float = 0.0) -> None:
+        """Count what the last choice gained or lost, now that its pass brought `tokens`.
+
+        `guessing` is how many seconds it took to make the guesses."""
+        rows = self._other_rows + 1
         gained = min(max(tokens - 1, 0), self._drafted)
-        lost = self._passes.lost(self._other_rows + 1, self._drafted)
+        lost = self._passes.lost(rows, self._drafted) + guessing / self._passes.expect(rows) * rows
         self.spare = min(self.spare + _EARNED * tokens + gained - lost, _MOST_SPARE)
         self._drafted = 0
 
 
 # Measured on edited copies, prose and code: about as if a match of n tokens had been right n times and wrong 3 times.
 _PRIOR_CHANCES = [matched / (matched + 3) for matched in range(_LONGEST_MATCH + 1)]
-_PRIOR_RIGHT = [_PRIOR_GUESSES * chance for chance in _PRIOR_CHANCES]
 
 
 class PassSeconds:
@@ -204,6 +220,11 @@ class PassSeconds:
         known.seconds += max(1 / (weight + 1), _NEWEST_SHARE) * (seconds - known.seconds)
         known.weight, known.learned_at = min(weight + 1, 1 / _NEWEST_SHARE), self._passes
         self._expected.clear()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether `expect` says seconds yet."""
+        return bool(self._rows)
 
     def expect(self, rows: int) -> float:
         """Seconds a pass of `rows` will take; in passes of one row while nothing was measured."""

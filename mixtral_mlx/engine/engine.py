@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import weakref
@@ -23,11 +24,13 @@ from ..weights import load as load_weights
 from .adapters import Adapter, put, take_out
 from .answering import Answering
 from .blocks import Blocks, fingerprint
+from .drafting import DraftFolder
 from .drafts import PassSeconds
 from .grammar import Format, Grammar, Vocabulary, compiled
 from .prefixes import Prefixes
 from .reply import Channel, Reply
 from .request import EngineError, Request, Scores
+from .routing import Routing, Watch
 from .tools import ToolChoice, tool_rules
 from .worker import Limits, Opened, Worker
 
@@ -59,7 +62,7 @@ class Settings(TypedDict, total=False):
     ignore_eos: bool
     kv_bits: int | None
     max_kv: int | None
-    speculate: Literal["n-gram"] | None
+    speculate: Literal["n-gram", "draft"] | None
     response_format: Format | None
 
 
@@ -96,7 +99,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is brought into memory, each time anew; see `load`."""
+    """How a model is brought into memory, each time anew, with the folder of a draft model; see `load`."""
 
     dtype: str
     memory: int | Plan | None
@@ -105,6 +108,7 @@ class Loading:
     prefix_bytes: int | None
     progress: Progress | None
     cancelled: Callable[[], bool]
+    draft: Path | None = None
 
 
 class Engine:
@@ -131,8 +135,14 @@ class Engine:
             else None
         )
         self._prefixes = Prefixes(0, self._disk)
-        self._opener = _Opener(folder, loading, self._prefixes)
-        self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, limits)
+        self._draft = (
+            DraftFolder.open(loading.draft, loading.dtype, self.tokenizer, self.config.vocab_size)
+            if loading.draft
+            else None
+        )
+        self._opener = _Opener(folder, loading, self._prefixes, self._draft)
+        self._watch = Watch(self.config)
+        self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, self._watch, limits)
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, "mixtral-grammar")
         self._finalizer = weakref.finalize(self, _close, self._worker, self._compilers)
 
@@ -250,8 +260,14 @@ class Engine:
             raise GenerateError(f"max_kv is {window}, expected 8 to {self.context:,}.", code="bad_sampling")
         if window and request.kv_bits:
             raise _not_together("kv_bits and max_kv", "a window cannot be quantized")
-        if request.speculate not in (None, "n-gram"):
-            raise GenerateError(f"speculate is {request.speculate!r}, expected n-gram.", code="bad_sampling")
+        if request.speculate not in (None, "n-gram", "draft"):
+            raise GenerateError(f"speculate is {request.speculate!r}, expected n-gram or draft.", code="bad_sampling")
+        if request.speculate == "draft" and not self._draft:
+            raise GenerateError(
+                "speculate is 'draft', and there is no draft model.",
+                code="no_draft",
+                hint='Load the model with draft="FOLDER", or use speculate="n-gram".',
+            )
         if window and request.speculate:
             raise _not_together("speculate and max_kv", "a window cannot take back what was guessed wrong")
         if request.speculate and self._limits.deterministic:
@@ -323,13 +339,14 @@ class Engine:
             process_bytes=rss_bytes(),
             mlx_bytes=mx.get_active_memory(),
             mlx_cache_bytes=mx.get_cache_memory(),
-            weights_bytes=opened.loaded.weights_bytes if opened else 0,
+            weights_bytes=opened.loaded.weights_bytes + (opened.draft.nbytes if opened.draft else 0) if opened else 0,
             kv_limit_bytes=opened.kv_bytes if opened else 0,
             prefix_bytes=self._prefixes.nbytes,
         )
 
     def stats(self) -> dict[str, Any]:
-        """What was done so far, in numbers: requests and tokens, kept prompts, their files, and streamed experts."""
+        """What was done so far, in numbers: requests and tokens, kept prompts, their files, streamed experts, and
+        since the model was loaded the draft model's guesses."""
         opened = self._worker.opened
         streaming = opened.loaded.streaming if opened else None
         return {
@@ -337,7 +354,24 @@ class Engine:
             "prefixes": asdict(self._prefixes.statistics),
             "prefix_files": asdict(self._disk.statistics) if self._disk else None,
             "experts": asdict(streaming.statistics) if streaming else None,
+            "draft": asdict(opened.draft.counts) if opened and opened.draft else None,
         }
+
+    def watch_routing(self, seconds: float = math.inf) -> None:
+        """Count which experts are chosen, for so many seconds from now at least; 0 ends it for everybody.
+
+        Who shows `routing` now and then renews this each time, and need not say when they stop looking."""
+        if not seconds >= 0:
+            raise EngineError(f"seconds is {seconds}, expected 0 or more.", code="bad_option")
+        self._watch.look(seconds)
+
+    def routing(self) -> Routing:
+        """Which experts were chosen while `watch_routing` was on, since the model was made or `reset_routing`."""
+        return self._watch.now()
+
+    def reset_routing(self) -> None:
+        """Begin to count anew."""
+        self._watch.reset()
 
     def health(self) -> Health:
         """Whether requests are answered, and how many there are."""
@@ -397,6 +431,7 @@ def load(
     dtype: str = "auto",
     kv_bits: int | None = None,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     prefix_memory: str | int | None = None,
     cache_dir: str | Path | None = None,
     cache_size: str | int = "10GB",
@@ -412,13 +447,17 @@ def load(
 
     `memory` is what the whole process may use ("12GB", bytes, or a plan of its own; None: what the machine can spare):
     experts that do not fit are streamed. `context` is how many tokens a prompt and its answer may have. `kv_bits`
-    quantizes keys and values of requests without a window. `adapter` is for `use_adapter`. What prompts have in common
-    is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in `cache_dir` over
-    restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with the next request.
-    While weights are read, `progress` is called with bytes done and in all, on the engine's thread, and `cancelled` is
-    asked whether to give up. Raises `MixtralError`."""
+    quantizes keys and values of requests without a window. `adapter` is for `use_adapter`. `draft` is a small Mistral
+    or Mixtral with the same tokenizer, for requests with `speculate="draft"`; the budget has to do for it too. What
+    prompts have in common is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in
+    `cache_dir` over restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with
+    the next request. While weights are read, `progress` is called with bytes done and in all, on the engine's thread,
+    and `cancelled` is asked whether to give up. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s)
-    loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never)
+    beside = locate(draft, offline=offline) if draft is not None else None
+    loading = Loading(
+        dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never, beside
+    )
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else None
     name = "demo" if model is None else str(model)
@@ -436,20 +475,23 @@ def load(
 class _Opener:
     """Loads the model and says what goes where; knows the engine's parts but not the engine, which may be dropped."""
 
-    def __init__(self, folder: Path, loading: Loading, prefixes: Prefixes) -> None:
+    def __init__(self, folder: Path, loading: Loading, prefixes: Prefixes, draft: DraftFolder | None) -> None:
         self.folder = folder
         self.loading = loading
         self.prefixes = prefixes
+        self.draft = draft
         self.adapter: Adapter | None = None
         self.context = self.chunk_tokens = 0
         """What the last plan had, known once the model has been loaded."""
 
     def __call__(self, cancelled: Callable[[], bool]) -> Opened:
         how = self.loading
+        memory = self._with_room_for_draft()
+        draft = self.draft.load() if self.draft else None
         loaded = load_weights(
             self.folder,
             dtype=how.dtype,
-            memory=how.memory,
+            memory=memory,
             context=how.context,
             kv_bits=how.kv_bits,
             on_progress=how.progress,
@@ -458,6 +500,8 @@ class _Opener:
         plan = loaded.plan
         resident = plan.mode == "resident"
         kv_bytes = plan.parts["kv cache"] + (max(plan.budget_bytes - plan.needed_bytes, 0) if resident else 0)
+        if draft and memory is how.memory:
+            kv_bytes -= draft.nbytes  # A plan that was given knows of no draft.
         self.prefixes.most_bytes = kv_bytes if how.prefix_bytes is None else min(kv_bytes, how.prefix_bytes)
         drop = Step("kept prompts", self.prefixes.clear, lambda: False)
         eased = relief(loaded.streaming, drop)
@@ -465,7 +509,28 @@ class _Opener:
             loaded.streaming.before_step = eased.check
         chunk = min(plan.chunk_tokens, _CHUNK_TOKENS) if resident else plan.chunk_tokens
         self.context, self.chunk_tokens = plan.context, chunk
-        return self.adapted(Opened(loaded, eased, kv_bytes, chunk, kv_bytes), self.adapter)
+        return self.adapted(Opened(loaded, eased, kv_bytes, chunk, kv_bytes, draft), self.adapter)
+
+    def _with_room_for_draft(self) -> int | Plan | None:
+        """The memory there is, divided already where a draft model is to be beside the model."""
+        how = self.loading
+        if not self.draft:
+            return how.memory
+        if not isinstance(how.memory, Plan):
+            return self.draft.plan(
+                self.folder, dtype=how.dtype, memory=how.memory, context=how.context, kv_bits=how.kv_bits
+            )
+        have = how.memory.parts["kv cache"]
+        if how.memory.mode == "resident":
+            have += max(how.memory.budget_bytes - how.memory.needed_bytes, 0)
+        if self.draft.nbytes >= have:
+            raise EngineError(
+                f"The draft model takes {in_gb(self.draft.nbytes)}, and the plan has {in_gb(have)} for it together "
+                "with keys and values.",
+                code="over_budget",
+                hint="Plan with more memory, or say how much there is and leave the plan out.",
+            )
+        return how.memory
 
     def adapted(self, opened: Opened, adapter: Adapter | None) -> Opened:
         """`opened` with this adapter, whose memory keys and values go without."""

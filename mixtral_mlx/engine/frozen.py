@@ -23,7 +23,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16,
 class Kind:
     """What must agree for keys and values to be of use to a request.
 
-    `adapter` tells apart what was done to the weights: a name and a hash of them, say."""
+    `adapter` tells apart what was done to the weights, a name and a hash of them, say, and other models' from ours."""
 
     kv_bits: int | None = None
     max_kv: int | None = None

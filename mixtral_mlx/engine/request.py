@@ -41,7 +41,8 @@ class Request:
     """A prompt of ids and how it is to be continued, or for another `purpose` scored or embedded.
 
     `kv_bits` (8 or 4) quantizes its keys and values; `max_kv` keeps those of its first 4 tokens and of the latest, so
-    many together. `speculate` guesses tokens ahead, which changes the speed only. `response_format` is what the text
+    many together. `speculate` guesses tokens ahead, from the text so far or with a draft model, which changes the speed
+    only. `response_format` is what the text
     must be, `rules` are those for the tools it may call. `echo` is text to come before the answer's own. To score is to
     give the log probabilities of the prompt's tokens from `scored_from` on."""
 
@@ -49,7 +50,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     kv_bits: int | None = None
     max_kv: int | None = None
-    speculate: Literal["n-gram"] | None = None
+    speculate: Literal["n-gram", "draft"] | None = None
     response_format: Format | None = None
     rules: ToolRules = field(default_factory=ToolRules)
     echo: str = ""

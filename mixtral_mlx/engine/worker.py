@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from ..memory import Relief
     from ..prompt import Tokenizer
     from ..weights import Loaded
+    from .drafting import DraftModel
     from .drafts import PassSeconds
     from .prefixes import Prefixes
+    from .routing import Watch, Watched
 
 T = TypeVar("T")
 _CLEAR_CACHE_EVERY = 256
@@ -37,6 +39,8 @@ _GROWTH_TOKENS = 256  # Caches grow by so many tokens, as mlx-lm's do.
 _WORTH_WAITING_FOR = 64
 """Tokens that two prompts must have in common for one to wait until they have been read for the other."""
 _MOST_DRAFT_ROWS = 64
+_DRAFT_CHUNK_TOKENS = 128
+"""What the draft model reads of a prompt in a step that others wait for; it is many times as fast as the model."""
 _WRITE_WITHIN_S = 2.0
 
 
@@ -80,6 +84,7 @@ class Opened:
     kv_bytes: int
     chunk_tokens: int
     all_kv_bytes: int
+    draft: DraftModel | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class _Launched:
 
     group: Sequence[tuple[Answering, batch.Part]]
     results: Sequence[list[Sampled]]
+    watched: Watched
     begun: float
 
 
@@ -102,6 +108,7 @@ class Worker:
         tokenizer: Tokenizer,
         prefixes: Prefixes,
         passes: PassSeconds,
+        watch: Watch,
         limits: Limits,
     ) -> None:
         self.counts = Counts()
@@ -115,6 +122,7 @@ class Worker:
         self._tokenizer = tokenizer
         self._prefixes = prefixes
         self._passes = passes
+        self._watch = watch
         self._changed = threading.Condition()
         self._waiting: deque[Answering] = deque()
         self._calls: deque[Callable[[], object]] = deque()
@@ -280,6 +288,7 @@ class Worker:
         if self._ahead:
             self._finish(self._ahead)
             return
+        self._read_with_draft()
         for group in self._groups():
             if launched := self._launch(group):
                 self._finish(launched)
@@ -355,8 +364,10 @@ class Worker:
             if not self._take_from_queue(answering):
                 return True
             if not answering.has_started:
-                answering.start(opened.loaded.model, self._tokenizer)
+                answering.start(opened.loaded.model, self._tokenizer, opened.draft)
             answering.begin_reading(opened.loaded.model, self._found(answering, opened))
+            if drafting := answering.drafting:
+                drafting.resume(self._prefixes.find(drafting.model.kind, drafting.tokens))
             self.counts.cached_tokens += answering.read
         except BaseException as error:
             self._take_from_queue(answering)
@@ -399,7 +410,9 @@ class Worker:
         bits, loaded = answering.request.kv_bits, self.opened.loaded
         if bits not in self._footprints:
             self._footprints[bits] = Footprint.of(loaded.config, loaded.dtype, bits)
-        return self._footprints[bits].kv_bytes(min(tokens, answering.most_tokens))
+        tokens = min(tokens, answering.most_tokens)
+        draft = self.opened.draft if answering.request.speculate == "draft" else None
+        return self._footprints[bits].kv_bytes(tokens) + (draft.kv_bytes(tokens) if draft else 0)
 
     def _make_room(self) -> None:
         """Give up what is kept for later, then the youngest sequences' caches, until the next pass fits."""
@@ -451,6 +464,21 @@ class Worker:
             parts.append((answering, part))
         return parts
 
+    def _read_with_draft(self) -> None:
+        """Let the draft model read on in one prompt, unless others wait for theirs to be read."""
+        behind = [a for a in self._running if a.drafting and a.drafting.is_behind]
+        if not behind or any(a.is_reading for a in self._running if a is not behind[0]) or self._waits_for_room:
+            return
+        assert self.opened
+        assert behind[0].drafting
+        alone = len(self._running) == 1
+        behind[0].drafting.read_on(self.opened.chunk_tokens if alone else _DRAFT_CHUNK_TOKENS)
+
+    @property
+    def _waits_for_room(self) -> bool:
+        with self._changed:
+            return any(answering.is_ready for answering in self._waiting)
+
     def _in_turn(self, reading: Sequence[Answering]) -> list[Answering]:
         self._turn += 1
         first = self._turn % len(reading) if reading else 0
@@ -463,24 +491,25 @@ class Worker:
         assert self.opened
         begun = time.perf_counter()
         try:
-            logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+            logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return None
         results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
-        return _Launched(group, results, begun)
+        return _Launched(group, results, watched, begun)
 
     def _finish(self, launched: _Launched) -> None:
         """Wait for a pass and hand out what came of it, the next one under way meanwhile where that is possible."""
-        group, results = launched.group, launched.results
+        group, results, watched = launched.group, launched.results, launched.watched
         self._ahead = None
         try:
             following = self._launch_ahead(launched)
-            mx.eval(results, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
+            mx.eval(results, watched.arrays, [layer.state for a, _ in group if a.is_reading for layer in a.cache])
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return
         self._account(launched)
+        self._watch.add(watched)
         for (answering, part), some in zip(group, results, strict=True):
             self._hand_out(answering, part, some)
         if following and any(not answering.finished for answering, _ in following.group):
@@ -500,10 +529,10 @@ class Worker:
         ]
         if len(group) < len(launched.group):
             return None  # What the others need has to be seen first.
-        logits = batch.run(self.opened.loaded.model, [part for _, part in group])
+        logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
         results = [self._results(a, part, rows, ahead=1) for (a, part), rows in zip(group, logits, strict=True)]
-        mx.async_eval(results)
-        return _Launched(group, results, time.perf_counter())
+        mx.async_eval(results, watched.arrays)
+        return _Launched(group, results, watched, time.perf_counter())
 
     def _results(self, answering: Answering, part: batch.Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
         try:
@@ -557,9 +586,10 @@ class Worker:
         self.counts.cancelled += answering.channel.is_cancelled
         try:
             self._keep(answering)
+            self._keep_of_draft(answering)
         except (RuntimeError, MemoryError):  # No room for what only saves time.
             self._prefixes.clear()
-        answering.cache = []
+        answering.let_go()
 
     def _keep(self, answering: Answering) -> None:
         assert self.opened
@@ -568,17 +598,24 @@ class Worker:
             # What was decoded has other bits than what is read; of a prompt whole chunks are the same for everybody.
             prompt = min(answering.read, len(answering.request.prompt) - 1)
             tokens = tokens[: prompt // self.opened.chunk_tokens * self.opened.chunk_tokens]
-        if tokens := tokens[: self._tokens_to_spare(answering)]:
+        if tokens := tokens[: self._tokens_to_spare(answering, answering.cache, answering.read)]:
             self._prefixes.keep(answering.kind, tokens, answering.cache)
 
-    def _tokens_to_spare(self, answering: Answering) -> int:
-        """How many of its tokens can be copied: while that is done, they are in memory twice."""
+    def _keep_of_draft(self, answering: Answering) -> None:
+        answering.cache = []
+        if (drafting := answering.drafting) and drafting.read:
+            drafting.forget_guesses()
+            if tokens := drafting.tokens[: self._tokens_to_spare(answering, drafting.cache, drafting.read)]:
+                self._prefixes.keep(drafting.model.kind, tokens, drafting.cache)
+
+    def _tokens_to_spare(self, answering: Answering, cache: Sequence[Any], read: int) -> int:
+        """How many of the tokens read into its cache can be copied: while that is done, they are in memory twice."""
         assert self.opened
-        held = sum(layer.nbytes for layer in answering.cache)
+        held = sum(layer.nbytes for layer in cache)
         others = sum(self._reserved(other) for other in self._running if other is not answering)
         spare = self.opened.kv_bytes + self.opened.loaded.plan.parts["working memory"] - others - held
-        fitting = min(spare, held) * answering.read // max(held, 1)
-        self._prefixes.shrink_to(spare - fitting * held // max(answering.read, 1))
+        fitting = min(spare, held) * read // max(held, 1)
+        self._prefixes.shrink_to(spare - fitting * held // max(read, 1))
         return max(fitting, 0)
 
     def _end(self, answering: Answering, error: BaseException) -> None:
@@ -588,7 +625,7 @@ class Worker:
         if answering in self._running:
             self._running.remove(answering)
         answering.fail(coded(error))
-        answering.cache = []
+        answering.let_go()
 
     def _break_off(self, those: Sequence[Answering], error: BaseException) -> None:
         self._ahead = None

@@ -102,7 +102,7 @@ def written(tokenizer: Tokenizer, token: int, *, begins: bool = False) -> tuple[
     """A token as text and as bytes; no bytes for those that are no text.
 
     Part of a character has the text that OpenAI gives it, as `bytes:\\xe2\\x82`."""
-    data = tokenizer.token_bytes(token) if token < tokenizer.vocab_size else None
+    data = _bytes(tokenizer, token)
     if data is None:
         return tokenizer.piece(token), None
     data = data.removeprefix(b" ") if begins else data
@@ -110,6 +110,11 @@ def written(tokenizer: Tokenizer, token: int, *, begins: bool = False) -> tuple[
         return data.decode(), list(data)
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes | None:
+    # A model may have more embeddings than its tokenizer has pieces.
+    return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else None
 
 
 class ShownTokens:
@@ -129,12 +134,13 @@ class ShownTokens:
 
     def add(self, token: Token) -> list[Shown]:
         """Take a token, and the text that came with it; returns what is shown now."""
+        data = _bytes(self._tokenizer, token.id)
+        if data is None:  # It may end a character that never became whole.
+            self._form(self._detokenizer.finish())
         text = self._detokenizer.add(token.id)
-        data = self._tokenizer.token_bytes(token.id) if token.id < self._tokenizer.vocab_size else None
         if data is not None or text:
             lost_space = self._begins and data is not None and len(text.encode()) < len(data)
-            if data is not None or not self._forming:
-                self._forming.append(Shown(token, begins=lost_space))
+            self._forming.append(Shown(token, begins=lost_space))
             self._begins = False
         self._form(text)
         return self.show(token.text)

@@ -168,11 +168,11 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     asked = read(PATH, MessagesBody, body)
     check_model(asked.model, asks, aliases)
     settings = {
+        **asked.extensions(),
         **temperature_and_top_p(asked.temperature, asked.top_p),
         "max_tokens": asked.max_tokens,
         "stop": tuple(asked.stop_sequences or ()),
         "seed": None if asked.seed is None else asked.seed % (1 << 64),
-        **asked.extensions(),
     }
     if asked.output_config and asked.output_config.format:
         settings["response_format"] = schema_format(asked.output_config.format.schema_)
@@ -284,9 +284,10 @@ class MessagesCall(Call):
         """Why it ended."""
         if reason == "length" and usage.completion_tokens < self.max_tokens:
             reason = "context"
+        if reason == "stop" and stop_text:
+            return {"stop_reason": "stop_sequence", "stop_sequence": stop_text}
         names = {"stop": "end_turn", "tool_calls": "tool_use", "context": "model_context_window_exceeded"}
-        named = "stop_sequence" if stop_text else names.get(reason, "max_tokens")
-        return {"stop_reason": named, "stop_sequence": stop_text or None}
+        return {"stop_reason": names.get(reason, "max_tokens"), "stop_sequence": None}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def check_json(body: object) -> None:
     while waiting:
         value, where = waiting.pop()
         if len(where) > _DEEPEST:
-            raise Refused(f"The body is nested more than {_DEEPEST} deep.", code="too_deep", param=str(where[0]))
+            raise Refused(f"The body is nested more than {_DEEPEST} deep.", code="too_deep", param=dotted(where[:1]))
         if isinstance(value, dict):
             for key in value:
                 _check_text(key, where)
@@ -99,7 +99,8 @@ def _refused(error: ValidationError, body: object) -> Refused:
     if kind == "extra_forbidden":
         return Refused(f"There is no field {name}.", code="unknown_field", hint="Leave it out.", param=name)
     if kind == "union_tag_invalid":
-        key = str(context.get("discriminator")).strip("'").replace("_item_kind()", "type")
+        key = str(context.get("discriminator")).strip("'")
+        key = "type" if key.endswith("()") else key  # A function of ours, which looked at the type.
         expected = str(context.get("expected_tags"))
         return _unexpected(str(context.get("tag")), f"{name}.{key}", expected)
     if kind == "union_tag_not_found":
@@ -113,6 +114,13 @@ def _refused(error: ValidationError, body: object) -> Refused:
 
 
 def _unexpected(tag: str, name: str, expected: str) -> Refused:
+    if name.startswith("tools"):
+        return Refused(
+            f"{name} is {shown(tag)}, expected {expected}.",
+            code="unsupported_tool",
+            hint="Nothing but the model runs here: offer a function that the client runs.",
+            param=name,
+        )
     if any(medium in tag for medium in _MEDIA):
         return Refused(
             f"{name} is {shown(tag)}, and Mixtral reads text only.",

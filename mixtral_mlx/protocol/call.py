@@ -8,12 +8,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from ..config import Config, MixtralError
 from ..engine.request import Event, Request, Result
 from ..engine.tools import ToolChoice
 from ..prompt import Message, Tokenizer, Tool
+
+if TYPE_CHECKING:
+    from ..engine.engine import Settings
 
 
 class Refused(MixtralError):  # noqa: N818  # It is what happened to the request, not a fault of ours.
@@ -46,9 +49,11 @@ class Asks(Protocol):
         tools: Sequence[Tool] = ...,
         tool_choice: str | ToolChoice = ...,
         parallel_tool_calls: bool = ...,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> Request: ...
-    def completion_request(self, prompt: str | Sequence[int], *, echo: bool = ..., **settings: Any) -> Request: ...
+    def completion_request(
+        self, prompt: str | Sequence[int], *, echo: bool = ..., **settings: Unpack[Settings]
+    ) -> Request: ...
     def embed_request(self, text: str | Sequence[int]) -> Request: ...
 
 

@@ -8,8 +8,9 @@ One rule for all the APIs:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from ..prompt import Message
 
@@ -17,20 +18,23 @@ from ..prompt import Message
 def as_prompted(turns: Iterable[Message]) -> list[Message]:
     """The turns as `encode_chat` takes them."""
     told: list[Message] = []
+    for role, group in groupby(_placed(turns), key=lambda turn: turn.role):
+        same = list(group)
+        told += _as_one(same) if role == "assistant" else same
+    return told
+
+
+def _placed(turns: Iterable[Message]) -> Iterator[Message]:
+    """The turns, with later instructions as the user's."""
+    begun = False
     for turn in turns:
-        if turn.role == "system" and any(before.role != "system" for before in told):
-            turn = replace(turn, role="user")
-        if turn.role == "assistant" and told and told[-1].role == "assistant":
-            told[-1] = _together(told[-1], turn)
-        else:
-            told.append(turn)
-    return [_text_or_calls(turn) for turn in told if turn.role != "assistant" or turn.content or turn.tool_calls]
+        yield replace(turn, role="user") if begun and turn.role == "system" else turn
+        begun |= turn.role != "system"
 
 
-def _together(first: Message, second: Message) -> Message:
-    content = "\n\n".join(text for text in (first.content, second.content) if text)
-    return replace(first, content=content, tool_calls=(*first.tool_calls, *second.tool_calls))
-
-
-def _text_or_calls(turn: Message) -> Message:
-    return replace(turn, content="") if turn.role == "assistant" and turn.tool_calls else turn
+def _as_one(answers: Sequence[Message]) -> list[Message]:
+    """Answers that follow one another as one, or as none."""
+    if calls := tuple(call for answer in answers for call in answer.tool_calls):
+        return [Message("assistant", "", calls)]
+    content = "\n\n".join(answer.content for answer in answers if answer.content)
+    return [Message("assistant", content)] if content else []

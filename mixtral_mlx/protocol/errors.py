@@ -26,6 +26,10 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
+_PARAMS = {
+    **dict.fromkeys(("bad_tool_choice", "no_tools", "unknown_function"), "tool_choice"),
+    **dict.fromkeys(("bad_tool_name", "duplicate_tool", "bad_tool_parameters"), "tools"),
+}
 _OPENAI_CODES = {"context_full": "context_length_exceeded"}  # Clients look for it to shorten the conversation.
 
 
@@ -73,13 +77,14 @@ def anthropic_error(error: MixtralError) -> dict[str, Any]:
 
 @contextmanager
 def refusing(param: str | None = None) -> Generator[None]:
-    """Raise what the engine refuses as `Refused`, with the field it is about where that is known."""
+    """Raise what the engine refuses as `Refused`, with the field it is about: `param` if it is about a prompt."""
     try:
         yield
     except Refused:
         raise
     except MixtralError as error:
-        raise Refused(str(error), code=error.code, hint=error.hint, status=status_of(error), param=param) from error
+        about = _PARAMS.get(error.code, param if isinstance(error, PromptError) else None)
+        raise Refused(str(error), code=error.code, hint=error.hint, status=status_of(error), param=about) from error
 
 
 def said(error: MixtralError) -> str:

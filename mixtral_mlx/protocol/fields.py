@@ -6,6 +6,7 @@ in no list is refused as unknown. null is the same as leaving a field out, as in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,7 +49,7 @@ _EXTENSIONS = _honoured(
     ignore_eos="Ours: go on where the model would end. Default false.",
     kv_bits="Ours: keys and values in 8 or 4 bits. Default: as the engine was loaded.",
     max_kv="Ours: keep keys and values of the latest tokens only, so many. Default: of all.",
-    speculate='Ours: "n-gram" guesses tokens ahead, which changes the speed only. Default: no.',
+    speculate='Ours: "n-gram" guesses tokens ahead from the text, "draft" by a small model; changes the speed only.',
 )
 _OPENAI_SAMPLING = _honoured(
     model='The served model\'s id, its last part, "default" or an alias. Default: the served model.',
@@ -67,7 +68,7 @@ _OPENAI_SAMPLING = _honoured(
 _MESSAGES = {
     **_honoured(
         model=_OPENAI_SAMPLING["model"].note,
-        messages="Text, tool_use and tool_result. The role system is read too.",
+        messages="Text, tool_use and tool_result; text beside tool_use is left out. The role system is read too.",
         system="Text, or blocks of text.",
         tools="The client's own only, and only where the tokenizer has tokens for them (8x22B).",
         tool_choice="Default auto.",
@@ -90,7 +91,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     "/v1/chat/completions": {
         **_OPENAI_SAMPLING,
         **_honoured(
-            messages="Text only. developer is read as system.",
+            messages="Text only. developer is read as system; what is said beside tool calls is left out.",
             max_completion_tokens="The same as max_tokens.",
             tools="Functions only, and only where the tokenizer has tokens for them (8x22B).",
             tool_choice='Default "auto".',
@@ -137,7 +138,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     "/v1/responses": {
         **_honoured(
             model=_OPENAI_SAMPLING["model"].note,
-            input="A text, or items: message, function_call, function_call_output.",
+            input="A text, or items: message, function_call, function_call_output. A message beside calls is left out.",
             instructions="Come first, as system. Default: none.",
             max_output_tokens="Default: up to the end of the context.",
             temperature="Default 1.",
@@ -264,3 +265,18 @@ def shown(value: Any) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     text = repr(value) if isinstance(value, str) else str(value) if abs(value) < 1e30 else "a very large number"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def as_markdown() -> str:
+    """The table as people read it."""
+    parts = []
+    for path, fields in FIELDS.items():
+        rows = [f"| `{name}` | {_in_words(field)} |" for name, field in sorted(fields.items())]
+        parts.append("\n".join([f"## `{path}`", "", "| field | |", "|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _in_words(field: Field) -> str:
+    allowed = " or ".join(f"`{json.dumps(value)}`" for value in field.values)
+    words = {"honoured": "", "label": "Label.", "fixed": f"Only {allowed}.", "refused": "Refused."}[field.treatment]
+    return f"{words} {field.note}".strip()

@@ -68,6 +68,7 @@ class ToolMessage(Body):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
+    name: str | None = None  # That of the call, which tool_call_id tells already.
 
 
 AnyMessage = Annotated[

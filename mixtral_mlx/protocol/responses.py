@@ -185,11 +185,11 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
             param="top_logprobs",
         )
     settings = {
+        **asked.extensions(),
         **temperature_and_top_p(asked.temperature, asked.top_p),
         "max_tokens": asked.max_output_tokens,
         "seed": None if asked.seed is None else asked.seed % (1 << 64),
         "top_logprobs": asked.top_logprobs or 0,
-        **asked.extensions(),
     }
     if asked.text and asked.text.format:
         settings["response_format"] = asked.text.format.format()
@@ -345,7 +345,6 @@ def _settings_told(asked: ResponsesBody) -> dict[str, Any]:
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": 1.0 if asked.top_p is None else asked.top_p,
         "truncation": "disabled",
-        "user": asked.user,
     }
 
 
@@ -457,7 +456,7 @@ class ResponsesStream(Stream):
         return [*frames, done]
 
     def _done(self, event: Done) -> list[Frame]:
-        frames = self._text("", self._shown.finish()) if self._call.wants_logprobs else []
+        frames = self._text("", self._shown.finish()) if self._call.wants_logprobs and self._open == -1 else []
         if not self._items:
             frames += self._opened(-1, _message_item())
         status = status_after(event.finish_reason)

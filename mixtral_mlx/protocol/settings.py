@@ -24,7 +24,7 @@ class Extensions(Body):
     ignore_eos: bool | None = None
     kv_bits: Literal[4, 8] | None = None
     max_kv: Annotated[int, Field(ge=8, le=1 << 31)] | None = None
-    speculate: Literal["n-gram"] | None = None
+    speculate: Literal["n-gram", "draft"] | None = None
 
     def extensions(self) -> dict[str, Any]:
         """The settings that were given."""
@@ -59,7 +59,8 @@ class OpenAISampling(Extensions):
 
     def settings(self, config: Config) -> dict[str, Any]:
         """What the engine calls these fields, with these APIs' defaults."""
-        given = {
+        return {
+            **self.extensions(),
             **temperature_and_top_p(self.temperature, self.top_p),
             "seed": None if self.seed is None else self.seed % (1 << 64),
             "stop": stops(self.stop),
@@ -68,7 +69,6 @@ class OpenAISampling(Extensions):
             "frequency_penalty": self.frequency_penalty or 0.0,
             "logit_bias": _biases(self.logit_bias or {}, config.vocab_size),
         }
-        return {**given, **self.extensions()}
 
     @property
     def wants_usage(self) -> bool:

@@ -224,7 +224,6 @@ class Response(Shape):
     top_logprobs: Count
     top_p: float
     truncation: Literal["disabled"]
-    user: str | None
 
 
 # Anthropic.

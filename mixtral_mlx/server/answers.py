@@ -117,7 +117,7 @@ class Answers:
                 reply.cancel()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks)
 
     def _too_late(self) -> EngineError:
         return EngineError(

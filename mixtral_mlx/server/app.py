@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from .. import protocol
 from ..config import MixtralError
 from ..engine.engine import Engine
+from ..page import CONTENT_SECURITY_POLICY, FOLDER, MEDIA_TYPES
 from ..protocol import PARSERS, Refused
 from . import bodies, metrics, openapi, sse
 from .answers import Answers, submit
@@ -66,6 +66,10 @@ _QUERIES = {"/v1/messages": {"beta"}, "/v1/messages/count_tokens": {"beta"}}
 """What may stand after the ? of a path: clients of Anthropic's API say there that they know its latest fields."""
 
 
+_LOOKED_AT_S = 5.0
+"""So long after being asked for them, choices of experts are counted."""
+
+
 class _House:
     """All that the routes share."""
 
@@ -84,6 +88,7 @@ class _House:
             "/v1/models": self._models,
             "/v1/models/{model:path}": self._model,
             "/stats": self._stats,
+            "/routing": self._routing,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
         }
@@ -158,6 +163,11 @@ class _House:
         stats = {**engine.stats(), "memory": asdict(engine.memory()), "health": asdict(engine.health())}
         return Response(sse.dumped(stats), media_type="application/json")
 
+    async def _routing(self, request: Request) -> Response:
+        engine = self.engine
+        engine.watch_routing(_LOOKED_AT_S)  # Who goes on looking asks again before that.
+        return Response(sse.dumped(asdict(engine.routing())), media_type="application/json")
+
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
@@ -178,9 +188,9 @@ class _Calls:
         engine = house.engine
         with house.place():
             body = await self._body(receive)
-            house.say_prompt(self._path, body)
             # Long prompts take a while to encode, and others should not wait for that.
             call = await asyncio.to_thread(PARSERS[self._path], body, engine, aliases=house.settings.aliases)
+            house.say_prompt(self._path, body)
             replies = submit(call, engine)
             if call.streams:
                 await house.answers.streamed(call.stream(), replies, receive, send)
@@ -239,30 +249,13 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 # The page.
 
-_KINDS = {
-    "html": "text/html; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "css": "text/css; charset=utf-8",
-    "svg": "image/svg+xml",
-    "png": "image/png",
-    "ico": "image/x-icon",
-    "woff2": "font/woff2",
-    "webmanifest": "application/manifest+json",
-}
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-
 
 def _page() -> dict[str, tuple[bytes, str]]:
     """The page's files by path, each with its media type."""
-    folder = files("mixtral_mlx").joinpath("page")
-    found = {file.name: file for file in folder.iterdir()} if folder.is_dir() else {}
     return {
-        "/" if name == "index.html" else f"/{name}": (file.read_bytes(), _KINDS[kind])
-        for name, file in sorted(found.items())
-        if (kind := name.rpartition(".")[2]) in _KINDS
+        "/" if file.name == "index.html" else f"/{file.name}": (file.read_bytes(), MEDIA_TYPES[file.suffix])
+        for file in sorted(FOLDER.iterdir())
+        if file.suffix in MEDIA_TYPES
     }
 
 
@@ -270,7 +263,11 @@ def _file(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]
     async def answer(request: Request) -> Response:
         return Response(
             content,
-            headers={"content-type": kind, "content-security-policy": _POLICY, "cache-control": "no-cache"},
+            headers={
+                "content-type": kind,
+                "content-security-policy": CONTENT_SECURITY_POLICY,
+                "cache-control": "no-cache",
+            },
         )
 
     return answer

@@ -4,6 +4,7 @@ What is refused here has been read no further than its headers."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -58,9 +59,13 @@ class Guard:
             await self._answer(passage)
         except ConnectionError:
             passage.status = passage.status or 499  # As others log a client that left before there was an answer.
+        except asyncio.CancelledError:
+            if passage.status or not self._is_stopping():
+                raise
+            await refusal(scope, _shutting_down())(scope, passage.receive, passage.send)
         except Exception as error:
-            if self._log:
-                self._log.complain(f"error[internal]: {type(error).__name__}: {error} ({_place(error)})")
+            if self._log:  # Not with the error's message, which may hold a prompt.
+                self._log.complain(f"error[internal]: {type(error).__name__} at {_place(error)}")
             if passage.status:
                 raise
             await refusal(scope, error)(scope, passage.receive, passage.send)
@@ -130,7 +135,7 @@ class Guard:
 
     def _check_request(self, scope: Scope, headers: Headers) -> None:
         if self._is_stopping():
-            raise Refused("The server is shutting down.", code="shutting_down", status=503)
+            raise _shutting_down()
         if scope["path"] not in self._open_paths and not self._has_key(headers):
             raise Refused(
                 "A key is needed, and it was not given or is another.",
@@ -212,6 +217,10 @@ def refusal(scope: Scope, error: Exception) -> Response:
     status, body = error_body(scope["path"], error)
     headers = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}
     return JSONResponse(body, status, headers.get(status))
+
+
+def _shutting_down() -> Refused:
+    return Refused("The server is shutting down.", code="shutting_down", status=503)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:

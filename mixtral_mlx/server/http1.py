@@ -69,6 +69,12 @@ class Connection(H11Protocol):
             self._stalled.cancel()
             self._stalled = None
 
+    def shutdown(self) -> None:
+        if self.transport.is_closing():
+            self.transport.abort()
+        else:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         status = self.conn.refused_as
         code = {431: "headers_too_large", 501: "not_implemented"}.get(status, "bad_http")

