@@ -30,6 +30,8 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
     "server": {"__version__", "config", "engine", "opening", "page", "protocol", "terminal"},
     "helper": {"__version__", "config", "engine", "memory", "prompt", "protocol", "server"},
+    "session": {"config", "engine", "generate", "memory", "prompt", "weights"},
+    "opening": {"cpu", "engine", "generate", "memory", "prompt", "session", "terminal", "weights"},
     "protocol": {"config", "engine", "generate", "prompt"},
     "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
     "page": set(),
