@@ -1,0 +1,103 @@
+"""A rank that runs prompts through its part of a model: what it held, read and sent, and on rank 0 tokens and logits.
+
+Greedy, by way of the engine's batches: the prompts of a case side by side, after being read one by one in chunks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mixtral_mlx.distributed import Split, shard
+from mixtral_mlx.engine import batch
+from mixtral_mlx.generate import new_caches
+from mixtral_mlx.weights import Loaded, load
+
+CHUNK = 512
+GENERATED = 6
+
+
+def answers(loaded: Loaded, prompts: Sequence[Sequence[int]], next_token: Any) -> tuple[list[list[int]], np.ndarray]:
+    """Tokens after each prompt, and the logits (prompts, V) that the first is chosen from."""
+    model, caches, first = loaded.model, [new_caches(loaded.config, None) for _ in prompts], []
+    for prompt, cache in zip(prompts, caches, strict=True):
+        for start in range(0, len(prompt), CHUNK):
+            part = batch.Part(prompt[start : start + CHUNK], cache, 1)
+            (logits,) = run(model, [part])
+        first.append(logits)
+    tokens = [[next_token(logits)] for logits in first]
+    for _ in range(GENERATED - 1):
+        parts = [batch.Part(said[-1:], cache, 1) for said, cache in zip(tokens, caches, strict=True)]
+        for said, logits in zip(tokens, run(model, parts), strict=True):
+            said.append(next_token(logits))
+    return tokens, np.concatenate([np.array(logits.astype(mx.float32)) for logits in first])
+
+
+def run(model: Any, parts: Sequence[batch.Part]) -> list[mx.array]:
+    """A pass; where there is no head, only the passage through the layers."""
+    if "norm" in model.model:
+        logits = batch.run(model, parts)
+        mx.eval(logits)
+        return logits
+    model.logits = lambda hidden: mx.zeros((*hidden.shape[:-1], 1))
+    return batch.run(model, parts)
+
+
+def prompts_of(case: dict[str, Any]) -> list[list[int]]:
+    rng = np.random.default_rng(case["tokens"])
+    return rng.integers(3, 250, (case["batch"], case["tokens"])).tolist()
+
+
+def main() -> None:
+    """Run the cases of a job given as JSON: folder, kind, weights, memory, cases, and where logits go."""
+    job = json.loads(sys.argv[1])
+    group = mx.distributed.init(strict=True, backend="ring")
+    split = Split.of(job["kind"], group.size(), job.get("weights"))
+    loaded = shard(job["folder"], group, split, **job.get("options", {}))
+    if slots := job.get("slots"):
+        from dataclasses import replace
+
+        plan = loaded.plan
+        plan = replace(plan, mode="streamed", slots=(slots,) * len(plan.slots))
+        loaded = shard(job["folder"], group, split, memory=plan)
+        assert loaded.streaming
+    joint: Any = loaded.model.model.joint  # type: ignore[attr-defined]
+
+    def agreed(logits: mx.array) -> int:
+        """Rank 0's choice, known to all."""
+        token = mx.argmax(logits[-1]) if group.rank() == 0 else mx.array(0)
+        return int(mx.distributed.all_sum(token.astype(mx.int32), group=group).item())
+
+    said = []
+    for n, case in enumerate(job["cases"]):
+        before = joint.sent_bytes
+        tokens, logits = answers(loaded, prompts_of(case), agreed)
+        said.append({"tokens": tokens, "sent_bytes": joint.sent_bytes - before})
+        if group.rank() == 0:
+            np.save(f"{job['logits']}.{n}.npy", logits)
+    layer = type(loaded.model.layers[0]).__module__
+    streamed = loaded.streaming.statistics.bytes_read if loaded.streaming else 0
+    print(
+        json.dumps(
+            {
+                "cases": said,
+                "held_bytes": loaded.weights_bytes,
+                "read_bytes": loaded.read_bytes + streamed,
+                "layers": layer,
+            }
+        )
+    )
+
+
+def alone(folder: str, case: dict[str, Any], **options: Any) -> tuple[list[list[int]], np.ndarray]:
+    """The same in one process."""
+    loaded = load(folder, **options)
+    return answers(loaded, prompts_of(case), lambda logits: int(mx.argmax(logits[-1]).item()))
+
+
+if __name__ == "__main__":
+    main()
