@@ -12,14 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .budget import parse_size
 from .config import RECIPES, MixtralError
-from .opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
+from .opening import LONG_PROMPT, ModelChoice, Plain, joined, open_model, wired
 from .prompt import Message
 from .session import SETTINGS, mlx_failures, parse_setting, peak_bytes
 from .terminal import Bar, CtrlC, PlainText, clean, complain
@@ -225,6 +226,23 @@ def _add_model(parser: _Parser, default: str) -> None:
         help="fit keeps what fits into --memory from being compressed or swapped while other programs need memory, on "
         "Metal only; off by default, as macOS has crashed where two programs set this limit (off)",
     )
+    group = parser.add_argument_group("several Macs, started with mlx.launch")
+    group.add_argument(
+        "--parallel",
+        type=_one_of("tensor", "expert", "pipeline"),
+        metavar="P",
+        help="split heads and each expert (tensor), heads and whole experts (expert), or layers (pipeline)",
+    )
+    group.add_argument(
+        "--split", type=_numbers, metavar="64,36", help="how much of the model each of them gets (all the same)"
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected numbers with commas between them") from None
 
 
 def _add_settings(parser: _Parser, defaults: dict[str, str]) -> None:
@@ -287,6 +305,8 @@ def _model_choice(parsed: argparse.Namespace, name: str | None) -> ModelChoice:
         wired=parsed.wired,
         offline=parsed.offline,
         quiet=parsed.quiet,
+        parallel=parsed.parallel,
+        split=parsed.split,
     )
 
 
@@ -316,8 +336,8 @@ def _chat(arguments: list[str]) -> int:
 
     name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
     choice = _model_choice(parsed, name)
-    with wired(choice):
-        return run(choice, system=parsed.system, settings=_settings(parsed), one=parsed.one)
+    with wired(choice), joined(choice, complain) as mine:
+        return 0 if mine is None else run(mine, system=parsed.system, settings=_settings(parsed), one=parsed.one)
 
 
 # generate
@@ -328,7 +348,7 @@ The text goes to stdout as it comes and ends with a new line."""
 
 @dataclass(frozen=True)
 class _Request:
-    """What `generate` was asked: a prompt as text or as ids, and what to do with it."""
+    """What `generate` was asked: a prompt as text or as ids (neither: on stdin), and what to do with it."""
 
     choice: ModelChoice
     text: str | None
@@ -341,8 +361,13 @@ class _Request:
 
 def _generate(arguments: list[str]) -> int:
     request = _parse_generate(arguments)
-    with wired(request.choice):
-        ready = open_model(request.choice)
+    lost = partial(_failed, as_json=request.as_json)
+    with wired(request.choice), joined(request.choice, lost) as choice:
+        if choice is None:
+            return 0
+        if not request.ids and request.text is None:
+            request = replace(request, text=_stdin_text())
+        ready = open_model(choice)
         prompt = _prompt_ids(request, ready.tokenizer)
         answered = _complete(request, ready, prompt)
     chunks = answered.chunks
@@ -376,10 +401,9 @@ def _parse_generate(arguments: list[str]) -> _Request:
         raise UsageError("--chat needs text, got --prompt-ids.", code="bad_option")
     if parsed.system and not parsed.chat:
         raise UsageError("--system goes with --chat only.", code="bad_option", hint="Add --chat.")
-    text = _stdin_text() if parsed.prompt is None and parsed.prompt_ids is None else parsed.prompt
     settings = {"max_tokens": _MAX_TOKENS, **_settings(parsed)}
     ids = tuple(parsed.prompt_ids or ())
-    return _Request(_model_choice(parsed, name), text, ids, parsed.chat, parsed.system, settings, parsed.json)
+    return _Request(_model_choice(parsed, name), parsed.prompt, ids, parsed.chat, parsed.system, settings, parsed.json)
 
 
 _MAX_TOKENS = 512

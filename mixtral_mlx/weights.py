@@ -198,8 +198,11 @@ class Share(Protocol):
     def check(self, plan: Plan) -> None:
         """Raise `MixtralError` where this part cannot run so."""
 
-    def join(self, model: Model, dtype: str) -> None:
-        """Have a loaded part work with the others."""
+    def join(self, model: Model, dtype: str, plan: Plan) -> Plan:
+        """Have a loaded part work with the others; the plan that all of them have room for."""
+
+    def when_lost(self, call: Callable[[MixtralError], object]) -> None:
+        """Have `call` called, on any thread, when the others are lost and nothing can be computed any more."""
 
 
 def locate(model: str | Path | None, *, offline: bool = False) -> Path:
@@ -273,7 +276,7 @@ def load(
     if target == "float32" and cpu.is_available():
         cpu.accelerate(model)
     if share:
-        share.join(model, target)
+        plan = share.join(model, target, plan)
     note = cpu.MISSING if cpu.is_backend() and not cpu.is_available() else ""
     weights_bytes = sum(array.nbytes for _, array in arrays)
     seconds = time.perf_counter() - start

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +20,7 @@ from mixtral_mlx.generate import new_caches
 from mixtral_mlx.weights import Loaded, load
 
 CHUNK = 512
-GENERATED = 6
+GENERATED = 4
 
 
 def answers(loaded: Loaded, prompts: Sequence[Sequence[int]], next_token: Any) -> tuple[list[list[int]], np.ndarray]:
@@ -53,49 +55,48 @@ def prompts_of(case: dict[str, Any]) -> list[list[int]]:
 
 
 def main() -> None:
-    """Run the cases of a job given as JSON: folder, kind, weights, memory, cases, and where logits go."""
+    """Run a job given as JSON: folders, kind, weights, slots, cases, and where logits go."""
     job = json.loads(sys.argv[1])
     group = mx.distributed.init(strict=True, backend="ring")
     split = Split.of(job["kind"], group.size(), job.get("weights"))
-    loaded = shard(job["folder"], group, split, **job.get("options", {}))
-    if slots := job.get("slots"):
-        from dataclasses import replace
-
-        plan = loaded.plan
-        plan = replace(plan, mode="streamed", slots=(slots,) * len(plan.slots))
-        loaded = shard(job["folder"], group, split, memory=plan)
-        assert loaded.streaming
-    joint: Any = loaded.model.model.joint  # type: ignore[attr-defined]
 
     def agreed(logits: mx.array) -> int:
         """Rank 0's choice, known to all."""
         token = mx.argmax(logits[-1]) if group.rank() == 0 else mx.array(0)
         return int(mx.distributed.all_sum(token.astype(mx.int32), group=group).item())
 
+    print(json.dumps([ran(folder, job, group, split, agreed) for folder in job["folders"]]))
+
+
+def ran(folder: str, job: dict[str, Any], group: mx.distributed.Group, split: Split, agreed: Any) -> dict[str, Any]:
+    """All cases with one folder."""
+    loaded = shard(folder, group, split)
+    if slots := job.get("slots"):
+        plan = replace(loaded.plan, mode="streamed", slots=(slots,) * len(loaded.plan.slots))
+        loaded = shard(folder, group, split, memory=plan)
+    joint: Any = loaded.model.model.joint  # type: ignore[attr-defined]
     said = []
     for n, case in enumerate(job["cases"]):
         before = joint.sent_bytes
         tokens, logits = answers(loaded, prompts_of(case), agreed)
         said.append({"tokens": tokens, "sent_bytes": joint.sent_bytes - before})
         if group.rank() == 0:
-            np.save(f"{job['logits']}.{n}.npy", logits)
-    layer = type(loaded.model.layers[0]).__module__
-    streamed = loaded.streaming.statistics.bytes_read if loaded.streaming else 0
-    print(
-        json.dumps(
-            {
-                "cases": said,
-                "held_bytes": loaded.weights_bytes,
-                "read_bytes": loaded.read_bytes + streamed,
-                "layers": layer,
-            }
-        )
-    )
+            np.save(f"{job['logits']}.{Path(folder).name}.{n}.npy", logits)
+    streaming = loaded.streaming
+    if streaming:
+        streaming.close()
+    return {
+        "cases": said,
+        "held_bytes": loaded.weights_bytes,
+        "read_bytes": loaded.read_bytes,
+        "streamed_bytes": streaming.statistics.bytes_read if streaming else 0,
+        "layers": type(loaded.model.layers[0]).__module__,
+    }
 
 
-def alone(folder: str, case: dict[str, Any], **options: Any) -> tuple[list[list[int]], np.ndarray]:
+def alone(folder: str, case: dict[str, Any]) -> tuple[list[list[int]], np.ndarray]:
     """The same in one process."""
-    loaded = load(folder, **options)
+    loaded = load(folder)
     return answers(loaded, prompts_of(case), lambda logits: int(mx.argmax(logits[-1]).item()))
 
 

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from mixtral_mlx.weights import Checkpoint
+from mixtral_mlx.config import KNOWN
+from mixtral_mlx.distributed import DistributedError, Split
+from mixtral_mlx.weights import Checkpoint, Tensor, opened_file, read_header, read_tensors
 
 from . import ranks, sharded_worker
 from .checkpoints import Q4, TINY, write_tiny
@@ -21,41 +24,122 @@ SMALL = replace(
     vocab_size=256,
     hidden_size=128,
     intermediate_size=256,
-    num_hidden_layers=4,
     num_attention_heads=8,
     num_key_value_heads=4,
     head_dim=32,
     max_position_embeddings=4096,
 )
 FORMS = {"fp32": SMALL, "4-bit": replace(SMALL, quantization=Q4)}
+CASES = [{"tokens": 1, "batch": 1}, {"tokens": 600, "batch": 1}, {"tokens": 9, "batch": 4}]
 WORKER = ["-m", "tests.sharded_worker"]
+KINDS = ["tensor", "expert", "pipeline"]
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("small") / request.param, FORMS[request.param], tokenizer=None)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two layers, in float32 and in 4 bit."""
+    where = tmp_path_factory.mktemp("small")
+    return [write_tiny(where / name, config, tokenizer=None) for name, config in FORMS.items()]
 
 
-def sharded(folder: Path, size: int, job: dict[str, Any], where: Path) -> list[dict[str, Any]]:
-    """Run a job of `sharded_worker` on so many ranks."""
-    job = {"folder": str(folder), "logits": str(where / "logits"), **job}
-    return [json.loads(out) for out in ranks.run([*WORKER, json.dumps(job)], size, where, timeout_s=150)]
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four layers."""
+    where = tmp_path_factory.mktemp("deeper")
+    deep = replace(FORMS["4-bit"], num_hidden_layers=4)
+    return [write_tiny(where / "4-layers", deep, tokenizer=None)]
 
 
-def assert_as_one(folder: Path, answers: list[dict[str, Any]], cases: list[dict[str, Any]], where: Path) -> None:
-    for n, case in enumerate(cases):
-        tokens, logits = sharded_worker.alone(str(folder), case)
-        assert answers[0]["cases"][n]["tokens"] == tokens
-        np.testing.assert_allclose(np.load(where / f"logits.{n}.npy"), logits, atol=1e-4)
+def agrees(size: int, folders: list[Path], where: Path, kind: str, cases: Any = CASES, **job: Any) -> list[Any]:
+    """Run cases on so many ranks and in one process: the same tokens and logits. What the ranks said of each folder."""
+    asked = {"folders": [str(folder) for folder in folders], "logits": str(where / "logits"), "kind": kind, **job}
+    out = ranks.run([*WORKER, json.dumps({**asked, "cases": cases})], size, where, timeout_s=170)
+    answers = list(zip(*map(json.loads, out), strict=True))
+    for folder, said in zip(folders, answers, strict=True):
+        for n, case in enumerate(cases):
+            tokens, logits = sharded_worker.alone(str(folder), case)
+            assert said[0]["cases"][n]["tokens"] == tokens
+            np.testing.assert_allclose(np.load(where / f"logits.{folder.name}.{n}.npy"), logits, atol=1e-4)
+    return answers
 
 
-CASES = [{"tokens": 1, "batch": 1}, {"tokens": 1, "batch": 4}, {"tokens": 600, "batch": 1}, {"tokens": 40, "batch": 4}]
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_say_what_one_process_says(folders: list[Path], kind: str, tmp_path: Path) -> None:
+    for folder, said in zip(folders, agrees(2, folders, tmp_path, kind), strict=True):
+        whole = Checkpoint.open(folder).nbytes
+        for what in ("held_bytes", "read_bytes"):
+            assert whole <= sum(rank[what] for rank in said) <= 1.03 * whole
+        assert {rank["layers"] for rank in said} == {
+            "mixtral_mlx.cpu.modules" if kind == "pipeline" else "mixtral_mlx.distributed.kernels"
+        }
 
 
-@pytest.mark.parametrize("kind", ["tensor", "expert", "pipeline"])
-def test_two_ranks_say_what_one_process_says(folder: Path, kind: str, tmp_path: Path) -> None:
-    answers = sharded(folder, 2, {"kind": kind, "cases": CASES}, tmp_path)
-    assert_as_one(folder, answers, CASES, tmp_path)
-    whole = Checkpoint.open(folder).nbytes
-    for what in ("held_bytes", "read_bytes"):
-        assert whole <= sum(answer[what] for answer in answers) <= 1.03 * whole
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
+def test_four_ranks_say_what_one_process_says(
+    folders: list[Path], deeper: list[Path], kind: str, tmp_path: Path
+) -> None:
+    agrees(4, deeper if kind == "pipeline" else folders, tmp_path, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
+def test_long_prompts_are_read_as_by_one_process(folders: list[Path], kind: str, tmp_path: Path) -> None:
+    agrees(2, folders, tmp_path, kind, [{"tokens": 3000, "batch": 1}])
+
+
+@pytest.mark.parametrize("kind", ["expert", "pipeline"])
+def test_ranks_that_stream_say_what_one_process_says(folders: list[Path], kind: str, tmp_path: Path) -> None:
+    for folder, said in zip(folders, agrees(2, folders, tmp_path, kind, slots=2), strict=True):
+        experts = sum(tensor.nbytes for tensor in Checkpoint.open(folder).tensors if tensor.is_experts)
+        dense = Checkpoint.open(folder).nbytes - experts
+        assert dense <= sum(rank["read_bytes"] for rank in said) <= dense + 0.03 * experts
+        assert all(rank["streamed_bytes"] for rank in said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uneven_ranks_say_what_one_process_says(
+    folders: list[Path], deeper: list[Path], kind: str, tmp_path: Path
+) -> None:
+    some = deeper if kind == "pipeline" else folders[1:]
+    (said,) = agrees(2, some, tmp_path, kind, CASES[:1], weights=[75, 25])
+    assert said[0]["held_bytes"] > 2 * said[1]["held_bytes"]
+
+
+def test_portions_are_whole_units_and_cover_all() -> None:
+    split = Split.of("expert", 2, [64, 36])
+    big, small = split.portions(KNOWN["8x22B"])
+    assert (len(big.experts), len(small.experts)) == (5, 3)
+    assert (len(big.heads), len(small.heads)) == (5, 3)
+    stages = Split.of("pipeline", 3, [1, 1, 2]).portions(KNOWN["8x22B"])
+    assert [len(stage.layers) for stage in stages] == [14, 14, 28]
+    assert [stage.layers.start for stage in stages] == [0, 14, 28]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "weights", "code"),
+    [
+        ("expert", 16, None, "cannot_split"),
+        ("ring", 2, None, "bad_split"),
+        ("expert", 2, [1, 2, 3], "bad_split"),
+        ("expert", 2, [1, -1], "bad_split"),
+        ("expert", 2, [1, float("nan")], "bad_split"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused_by_name(kind: str, size: int, weights: Any, code: str) -> None:
+    with pytest.raises(DistributedError) as refused:
+        Split.of(kind, size, weights).portions(KNOWN["8x22B"])
+    assert refused.value.code == code
+
+
+def test_a_part_of_a_tensor_is_what_slicing_gives(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    whole = mx.array(rng.standard_normal((4, 6, 8)).astype(np.float32))
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), {"x": whole})
+    with opened_file(tmp_path / "x.safetensors") as fd:
+        span = read_header(tmp_path / "x.safetensors", fd)["x"]
+    for axis, start, stop in [(0, 1, 3), (1, 2, 5), (2, 0, 4), (2, 3, 8)]:
+        part = span.part(axis, start, stop)
+        ((_, array),) = read_tensors([Tensor("x", part.shape, part.dtype, (part,))], None)
+        expected = np.array(whole)[(*[slice(None)] * axis, slice(start, stop))]
+        np.testing.assert_array_equal(np.array(array), expected)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import MixtralError
 from ..weights import Checkpoint, Loaded, Span, Tensor, load
 from .layers import Joint, join
 from .split import DistributedError, Portion, Split
@@ -87,9 +89,13 @@ class Part:
                 hint="Use an expert or pipeline split, or give it more memory.",
             )
 
-    def join(self, model: Model, dtype: str) -> None:
+    def join(self, model: Model, dtype: str, plan: Plan) -> Plan:
         """Have the layers sum, or hand on, what they compute."""
         join(model, self.joint, self.split.kind, getattr(mx, dtype))
+        return plan
+
+    def when_lost(self, call: Callable[[MixtralError], object]) -> None:
+        """Whoever calls `shard` sees to the other ranks."""
 
 
 def _sliced(tensor: Tensor, axis: int, which: range, count: int) -> Tensor:

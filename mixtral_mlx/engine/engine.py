@@ -18,7 +18,7 @@ from ..config import Config
 from ..generate import GenerateError, Sampling, check_kv_bits, room_after
 from ..memory import Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
-from ..weights import Checkpoint, Loaded, Progress, locate, relief
+from ..weights import Checkpoint, Loaded, Progress, Share, locate, relief
 from ..weights import load as load_weights
 from .adapters import Adapter, put, take_out
 from .answering import Answering
@@ -105,6 +105,7 @@ class Loading:
     prefix_bytes: int | None
     progress: Progress | None
     cancelled: Callable[[], bool]
+    share: Share | None = None
 
 
 class Engine:
@@ -133,6 +134,8 @@ class Engine:
         self._prefixes = Prefixes(0, self._disk)
         self._opener = _Opener(folder, loading, self._prefixes)
         self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, limits)
+        if loading.share:
+            loading.share.when_lost(self._worker.lose)
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, "mixtral-grammar")
         self._finalizer = weakref.finalize(self, _close, self._worker, self._compilers)
 
@@ -287,6 +290,8 @@ class Engine:
 
         Requests asked before it end with the one they began with; returns once it is done. Raises `MixtralError`, and
         after an adapter that does not fit the model has none."""
+        if folder is not None and self._loading.share:
+            raise _not_split("An adapter")
         adapter = Adapter.read(Path(folder).expanduser()) if folder is not None else None
         opener, worker = self._opener, self._worker
 
@@ -397,6 +402,7 @@ def load(
     offline: bool = False,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    share: Share | None = None,
 ) -> Engine:
     """A model ready to answer: a folder, a repository on Hugging Face, or the demo model for None.
 
@@ -406,9 +412,14 @@ def load(
     is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in `cache_dir` over
     restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with the next request.
     While weights are read, `progress` is called with bytes done and in all, on the engine's thread, and `cancelled` is
-    asked whether to give up. Raises `MixtralError`."""
+    asked whether to give up. A `share` is the part of the model that this machine has of it, where several work
+    together. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s)
-    loading = Loading(dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never)
+    if share and (adapter or cache_dir):
+        raise _not_split("An adapter" if adapter else "A cache_dir")
+    loading = Loading(
+        dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never, share
+    )
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else None
     name = "demo" if model is None else str(model)
@@ -444,6 +455,7 @@ class _Opener:
             kv_bits=how.kv_bits,
             on_progress=how.progress,
             cancelled=lambda: cancelled() or how.cancelled(),
+            share=how.share,
         )
         plan = loaded.plan
         resident = plan.mode == "resident"
@@ -482,6 +494,10 @@ def _answering(
     if grammar:
         grammar.add_done_callback(lambda _: worker.wake())
     return answering
+
+
+def _not_split(what: str) -> EngineError:
+    return EngineError(f"{what} cannot be used with a model that several machines share.", code="not_available")
 
 
 def _not_together(what: str, why: str) -> GenerateError:
