@@ -11,6 +11,7 @@
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
     engine     many requests at once, for programs that embed a model
+    distributed  a model over several machines, and how they keep together
     opening    a model opened from a command line, with a bar
     session    a conversation: its messages, settings and commands
     speeds     what this machine reaches, measured or assumed

@@ -63,7 +63,7 @@ def main() -> None:
     def agreed(logits: mx.array) -> int:
         """Rank 0's choice, known to all."""
         token = mx.argmax(logits[-1]) if group.rank() == 0 else mx.array(0)
-        return int(mx.distributed.all_sum(token.astype(mx.int32), group=group).item())
+        return int(str(mx.distributed.all_sum(token.astype(mx.int32), group=group).item()))
 
     print(json.dumps([ran(folder, job, group, split, agreed) for folder in job["folders"]]))
 
@@ -74,7 +74,7 @@ def ran(folder: str, job: dict[str, Any], group: mx.distributed.Group, split: Sp
     if slots := job.get("slots"):
         plan = replace(loaded.plan, mode="streamed", slots=(slots,) * len(loaded.plan.slots))
         loaded = shard(folder, group, split, memory=plan)
-    joint: Any = loaded.model.model.joint  # type: ignore[attr-defined]
+    joint: Any = loaded.model.model.joint
     said = []
     for n, case in enumerate(job["cases"]):
         before = joint.sent_bytes
@@ -97,7 +97,7 @@ def ran(folder: str, job: dict[str, Any], group: mx.distributed.Group, split: Sp
 def alone(folder: str, case: dict[str, Any]) -> tuple[list[list[int]], np.ndarray]:
     """The same in one process."""
     loaded = load(folder)
-    return answers(loaded, prompts_of(case), lambda logits: int(mx.argmax(logits[-1]).item()))
+    return answers(loaded, prompts_of(case), lambda logits: int(str(mx.argmax(logits[-1]).item())))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
     "cpu": {"borrowed", "experts", "model"},
+    "distributed": {"borrowed", "budget", "config", "cpu", "engine", "model", "weights", "__version__"},
     "engine": {"borrowed", "budget", "config", "generate", "memory", "model", "prompt", "weights"},
 }
 

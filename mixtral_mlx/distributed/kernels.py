@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..cpu import modules
+from ..cpu import modules, products
 from ..cpu.modules import Floats, Indices
 from ..model import DecoderLayer
 from .layers import Joint, held
@@ -52,9 +52,7 @@ class SomeExperts(SomeRows):
         if not len(which):
             return
         # What is chosen and is here, as if each choice were a token of its own.
-        rows, at = moe.switch_mlp.outputs(
-            x[which // moe.num_chosen], chosen[which] - self.joint.experts.start, 1
-        )
+        rows, at = moe.switch_mlp.outputs(x[which // moe.num_chosen], chosen[which] - self.joint.experts.start, 1)
         place, own = np.full(len(chosen), at[0]), np.zeros_like(shares)
         place[which], own[which] = at, shares[which]
-        modules.products.combine(out.reshape(-1), rows.reshape(-1), place, own, moe.num_chosen, out.shape[-1])
+        products.combine(out.reshape(-1), rows.reshape(-1), place, own, moe.num_chosen, out.shape[-1])

@@ -73,8 +73,9 @@ def join(model: Model, joint: Joint, kind: Kind, dtype: mx.Dtype) -> None:
         attention.__class__ = Attention
         moe.__class__ = SomeExperts if kind == "expert" else SomeRows
         attention.joint = moe.joint = joint
-        for guess in getattr(moe.switch_mlp, "stream", None) and moe.switch_mlp.stream.guesses or []:
-            guess.first = joint.experts.start
+        if stream := getattr(moe.switch_mlp, "stream", None):
+            for guess in stream.guesses:
+                guess.first = joint.experts.start
         if type(layer) is not plain.DecoderLayer:
             from . import kernels
 

@@ -91,7 +91,7 @@ class Link:
             peer.send(message)
 
     def hear(self, rank: int = 0, timeout_s: float | None = None) -> Message | None:
-        """The next message of a rank; None once it has said that it leaves. Raises `DistributedError` when it is lost."""
+        """The next message of a rank; None once it has said that it leaves. Raises `DistributedError` if it is lost."""
         try:
             message = self._peers[rank].messages.get(timeout=timeout_s)
         except Empty:
@@ -221,7 +221,8 @@ def _welcoming(place: Place, hello: Message, deadline: float) -> Link:
                 connection, message = _accepted(listener, deadline)
                 _check(hello, message, found)
             except DistributedError as error:
-                _refuse(listener, [*found.values(), *([connection] if error.code != "rank_missing" else [])], error)
+                come = [*found.values(), *([connection] if error.code != "rank_missing" else [])]
+                _refuse(listener, come, place.size - 1, error)
                 raise
             found[message["rank"]] = connection
     # MLX is to listen there now, and nobody tries before being told.
@@ -278,8 +279,8 @@ def _check(mine: Message, theirs: Message, found: Mapping[int, socket.socket]) -
         raise DistributedError(f"There are two ranks {rank}.", code="bad_hostfile")
 
 
-def _refuse(listener: socket.socket, waiting: list[socket.socket], error: DistributedError) -> None:
-    """Tell those that have come, and those that come soon, why nothing will come of it."""
+def _refuse(listener: socket.socket, waiting: list[socket.socket], others: int, error: DistributedError) -> None:
+    """Tell those of the `others` that have come, and those that come soon, why nothing will come of it."""
     refusal = _encoded({"refused": str(error), "code": error.code, "hint": error.hint})
     deadline = time.monotonic() + _REFUSE_S
     with suppress(DistributedError):
@@ -288,6 +289,9 @@ def _refuse(listener: socket.socket, waiting: list[socket.socket], error: Distri
                 with suppress(OSError):
                     connection.sendall(refusal)
                 connection.close()
+            others -= len(waiting)
+            if others <= 0:
+                return
             waiting = [_accepted(listener, deadline)[0]]
 
 

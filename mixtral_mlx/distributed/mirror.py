@@ -1,8 +1,8 @@
 """The caches of rank 0, mirrored by the other ranks: which sequences there are, and what becomes of them.
 
-A cache of rank 0's has a `Handle`, found where it is first used. What happens to caches is noted, and told with the next
-pass: new ones, those frozen to be kept, those begun from what was kept, those that are gone. How far a cache was
-trimmed needs no telling, since each pass says where it begins."""
+A cache of rank 0's has a `Handle` from its first use on. What happens to caches is noted, and told with the next pass:
+new ones, those frozen to be kept, those begun from what was kept, those that are gone. How far a cache was trimmed
+needs no telling, since each pass says where it begins."""
 
 from __future__ import annotations
 

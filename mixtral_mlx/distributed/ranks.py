@@ -74,8 +74,7 @@ class Ranks:
             mirror = Mirror(loaded.config.num_hidden_layers)
             while (told := self.link.hear()) is not None:
                 inputs, caches = mirror.for_pass(told)
-                out = loaded.model.model(inputs, caches)
-                mx.eval(out, [cache.state for cache in caches or []])
+                mx.eval(loaded.model.model(inputs, caches))
         except BaseException as error:
             self.link.lose(_as_told(error, self.rank))
             raise
@@ -191,6 +190,11 @@ def together(
     link.on_lost = end
     try:
         yield Ranks(folder, split, loading, link, _group(link, place))
+    except MixtralError:
+        if link.lost:
+            # What is raised is what `on_lost` was told: one of them is enough.
+            threading.Event().wait(2 * GRACE_S)
+        raise
     finally:
         link.close()
 

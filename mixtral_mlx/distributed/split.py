@@ -1,8 +1,8 @@
 """Who is given how much of a model: pure arithmetic.
 
-    tensor     every rank has some heads of each layer, and some rows of each expert
-    expert     every rank has some heads of each layer, and some whole experts
-    pipeline   every rank has some whole layers"""
+tensor     every rank has some heads of each layer, and some rows of each expert
+expert     every rank has some heads of each layer, and some whole experts
+pipeline   every rank has some whole layers"""
 
 from __future__ import annotations
 
@@ -53,19 +53,22 @@ class Split:
 
     def portions(self, config: Config) -> list[Portion]:
         """What each rank gets of `config`; raises `DistributedError` where there is not enough for all."""
-        layers = whole = range(config.num_hidden_layers)
+        whole = Portion(
+            range(config.num_key_value_heads),
+            range(config.intermediate_size),
+            range(config.num_local_experts),
+            range(config.num_hidden_layers),
+        )
         if self.kind == "pipeline":
-            stages = self._divided(len(layers), 1, "layers")
-            heads, rows = range(config.num_key_value_heads), range(config.intermediate_size)
-            return [Portion(heads, rows, range(config.num_local_experts), stage) for stage in stages]
+            layers = self._divided(config.num_hidden_layers, 1, "layers")
+            return [replace(whole, layers=some) for some in layers]
         heads = self._divided(config.num_key_value_heads, _heads_unit(config), "key/value heads")
-        experts = [range(config.num_local_experts)] * self.size
-        rows = [range(config.intermediate_size)] * self.size
+        sides = [replace(whole, heads=some) for some in heads]
         if self.kind == "expert":
             experts = self._divided(config.num_local_experts, 1, "experts")
-        else:
-            rows = self._divided(config.intermediate_size, _rows_unit(config), "rows of an expert")
-        return [Portion(*each, whole) for each in zip(heads, rows, experts, strict=True)]
+            return [replace(side, experts=some) for side, some in zip(sides, experts, strict=True)]
+        rows = self._divided(config.intermediate_size, _rows_unit(config), "rows of an expert")
+        return [replace(side, rows=some) for side, some in zip(sides, rows, strict=True)]
 
     def _divided(self, total: int, unit: int, what: str) -> list[range]:
         """`total` in multiples of `unit`, one at least for each rank, and the rest by weight."""

@@ -197,7 +197,7 @@ class Worker:
             self._ended.wait(timeout_s)
 
     def lose(self, error: MixtralError) -> None:
-        """Nothing can be computed any more, and the thread may never come back: end what runs and waits with `error`."""
+        """Nothing can be computed any more, and the thread may never come back: end all there is with `error`."""
         with self._changed:
             self._lost, self._closing = error, True
             those = [*self._running, *self._waiting]
