@@ -639,7 +639,8 @@ should be. Without --model for the published Mixtrals, without --memory or --ram
 _PLAN_EPILOG = """examples:
   mixtral-mlx plan --measure
   mixtral-mlx plan --ram 16GB,24GB,64GB
-  mixtral-mlx plan --model ~/models/mixtral-q4 --memory 12GB --explain"""
+  mixtral-mlx plan --model ~/models/mixtral-q4 --memory 12GB --explain
+  mixtral-mlx plan --hosts 64GB,36GB --link 10Gb/s,0.3ms"""
 
 
 def _plan(arguments: list[str]) -> int:
@@ -650,6 +651,10 @@ def _plan(arguments: list[str]) -> int:
     group.add_argument(
         "--ram", type=_sizes(as_chips=True), default=(), metavar="16GB,24GB", help="Macs with so much memory"
     )
+    group.add_argument(
+        "--hosts", type=_sizes(as_chips=True), default=(), metavar="64GB,36GB", help="Macs that share a model"
+    )
+    group.add_argument("--link", metavar="10Gb/s,0.3ms", help="what is between them (20Gb/s,0.3ms)")
     group.add_argument("--context", type=_count(2), metavar="N", help="tokens of prompt and answer (chosen to fit)")
     group.add_argument("--kv-bits", type=_one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
     group = parser.add_argument_group("how it is said")
@@ -660,9 +665,18 @@ def _plan(arguments: list[str]) -> int:
     _add_output(parser, "print one object: plans, each with mode, slots_per_layer, context, parts, generation_tps …")
     given = vars(parser.parse(arguments))
     as_json, quiet = given.pop("json"), given.pop("quiet")
+    _check_hosts(given)
     from .plan import Request, plan
 
     return _show(plan(Request(**given), quiet=quiet), as_json=as_json)
+
+
+def _check_hosts(given: dict[str, Any]) -> None:
+    if given["link"] and not given["hosts"]:
+        raise UsageError("--link goes with --hosts only.", code="bad_option")
+    others = [name for name in ("memory", "ram", "measure", "explain") if given[name]]
+    if given["hosts"] and others:
+        raise UsageError(f"Both --hosts and --{others[0]} were given, expected one.", code="bad_option")
 
 
 def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:

@@ -171,9 +171,9 @@ class Checkpoint:
 class Loaded:
     """A model ready to run, with its configuration, the folder it came from and what loading took.
 
-    Where it is one machine's share of a model, so is all else. `plan` says who got how much memory. `streaming` is there
-    when experts are read as they are needed. `note` says what would make it faster, if anything. `read_bytes` came from
-    the disk before it was ready."""
+    Where it is one machine's share of a model, so is all else. `plan` says who got how much memory. `streaming` is
+    there when experts are read as they are needed. `note` says what would make it faster, if anything. `read_bytes`
+    came from the disk before it was ready."""
 
     model: Model
     config: Config

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mixtral_mlx.distributed import Split, shard
+from mixtral_mlx.distributed import Split
+from mixtral_mlx.distributed.part import shard
 from mixtral_mlx.engine import batch
 from mixtral_mlx.generate import new_caches
 from mixtral_mlx.weights import Loaded, load
@@ -63,7 +64,7 @@ def main() -> None:
     def agreed(logits: mx.array) -> int:
         """Rank 0's choice, known to all."""
         token = mx.argmax(logits[-1]) if group.rank() == 0 else mx.array(0)
-        return int(str(mx.distributed.all_sum(token.astype(mx.int32), group=group).item()))
+        return cast(int, mx.distributed.all_sum(token.astype(mx.int32), group=group).item())
 
     print(json.dumps([ran(folder, job, group, split, agreed) for folder in job["folders"]]))
 
@@ -97,7 +98,7 @@ def ran(folder: str, job: dict[str, Any], group: mx.distributed.Group, split: Sp
 def alone(folder: str, case: dict[str, Any]) -> tuple[list[list[int]], np.ndarray]:
     """The same in one process."""
     loaded = load(folder)
-    return answers(loaded, prompts_of(case), lambda logits: int(str(mx.argmax(logits[-1]).item())))
+    return answers(loaded, prompts_of(case), lambda logits: cast(int, mx.argmax(logits[-1]).item()))
 
 
 if __name__ == "__main__":
