@@ -24,7 +24,9 @@ CHUNK = 512
 GENERATED = 4
 
 
-def answers(loaded: Loaded, prompts: Sequence[Sequence[int]], next_token: Any) -> tuple[list[list[int]], np.ndarray]:
+def answers(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], next_token: Any, generated: int = GENERATED
+) -> tuple[list[list[int]], np.ndarray]:
     """Tokens after each prompt, and the logits (prompts, V) that the first is chosen from."""
     model, caches, first = loaded.model, [new_caches(loaded.config, None) for _ in prompts], []
     for prompt, cache in zip(prompts, caches, strict=True):
@@ -33,7 +35,7 @@ def answers(loaded: Loaded, prompts: Sequence[Sequence[int]], next_token: Any) -
             (logits,) = run(model, [part])
         first.append(logits)
     tokens = [[next_token(logits)] for logits in first]
-    for _ in range(GENERATED - 1):
+    for _ in range(generated - 1):
         parts = [batch.Part(said[-1:], cache, 1) for said, cache in zip(tokens, caches, strict=True)]
         for said, logits in zip(tokens, run(model, parts), strict=True):
             said.append(next_token(logits))
@@ -79,7 +81,7 @@ def ran(folder: str, job: dict[str, Any], group: mx.distributed.Group, split: Sp
     said = []
     for n, case in enumerate(job["cases"]):
         before = joint.sent_bytes
-        tokens, logits = answers(loaded, prompts_of(case), agreed)
+        tokens, logits = answers(loaded, prompts_of(case), agreed, case.get("generated", GENERATED))
         said.append({"tokens": tokens, "sent_bytes": joint.sent_bytes - before})
         if group.rank() == 0:
             np.save(f"{job['logits']}.{Path(folder).name}.{n}.npy", logits)

@@ -11,8 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mixtral_mlx.budget import Speeds
 from mixtral_mlx.config import KNOWN
 from mixtral_mlx.distributed import DistributedError, Split
+from mixtral_mlx.distributed.outlook import Host, outlooks, parse_wire, sent_bytes
+from mixtral_mlx.distributed.split import Kind
 from mixtral_mlx.weights import Checkpoint, Tensor, opened_file, read_header, read_tensors
 
 from . import ranks, sharded_worker
@@ -75,6 +78,22 @@ def test_two_ranks_say_what_one_process_says(folders: list[Path], kind: str, tmp
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_sent_for_a_token_is_what_arithmetic_says(folders: list[Path], kind: Kind, tmp_path: Path) -> None:
+    carried = []
+    for generated in (1, 21):
+        cases = [{"tokens": 1, "batch": 1, "generated": generated}]
+        job = {"folders": [str(folders[0])], "logits": str(tmp_path / "logits"), "kind": kind, "cases": cases}
+        with ranks.cabled(tmp_path, 2) as (files, cables):
+            out = ranks.run([*WORKER, json.dumps(job)], 2, tmp_path, timeout_s=100, hosts=files)
+            carried.append(sum(cable.carried_bytes for cable in cables))
+    expected = sent_bytes(kind, SMALL, 2, float_bytes=4)
+    counted = sum(json.loads(text)[0]["cases"][0]["sent_bytes"] for text in out)
+    assert counted == 21 * expected
+    # What the ranks of this test tell each other of the token that rank 0 chose is in it, too.
+    assert (carried[1] - carried[0]) / 20 == pytest.approx(expected, abs=64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.long
 def test_four_ranks_say_what_one_process_says(
     folders: list[Path], deeper: list[Path], kind: str, tmp_path: Path
@@ -114,6 +133,25 @@ def test_portions_are_whole_units_and_cover_all() -> None:
     stages = Split.of("pipeline", 3, [1, 1, 2]).portions(KNOWN["8x22B"])
     assert [len(stage.layers) for stage in stages] == [14, 14, 28]
     assert [stage.layers.start for stage in stages] == [0, 14, 28]
+
+
+def two_macs(link: str, speeds: Speeds) -> list[str]:
+    hosts = [Host("a Mac", 80 << 30, speeds)] * 2
+    found = outlooks(KNOWN["8x7B"], "8x7B", hosts, parse_wire(link))
+    assert all(outlook.decode_tps for outlook in found)
+    return [outlook.kind for outlook in found]
+
+
+def test_a_slow_link_is_best_used_least_and_slow_memory_best_shared() -> None:
+    slow, fast = Speeds(3e9, 20e9, 1e12), Speeds(3e9, 800e9, 1e12)
+    assert two_macs("1Gb/s,2ms", fast)[0] == "pipeline"
+    assert two_macs("40Gb/s,0.01ms", slow)[0] == "tensor"
+
+
+@pytest.mark.parametrize("text", ["fast", "10Gb/s", "0Gb/s,1ms", "10Gb/s,1s", "-1Gb/s,1ms"])
+def test_links_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(DistributedError, match=r"expected something like 10Gb/s,0\.3ms"):
+        parse_wire(text)
 
 
 @pytest.mark.parametrize(

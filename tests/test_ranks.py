@@ -7,10 +7,8 @@ import os
 import random
 import select
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -146,66 +144,19 @@ def test_nobody_waits_for_a_rank_that_is_gone(rank: int, how: signal.Signals, tm
             assert code == 1
 
 
-class Cable:
-    """A way to an address that can be cut: nothing comes through any more, and nobody is told."""
-
-    def __init__(self, target: tuple[str, int]) -> None:
-        self.target = target
-        self.is_cut = threading.Event()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
-        self.open: list[socket.socket] = [self.listener]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self.listener.accept()
-                threading.Thread(target=self._connect, args=[near], daemon=True).start()
-
-    def _connect(self, near: socket.socket) -> None:
-        self.open.append(near)
-        while True:
-            try:
-                far = socket.create_connection(self.target)
-                break
-            except OSError:
-                if self.is_cut.wait(0.05):
-                    return
-        self.open.append(far)
-        for source, sink in ((near, far), (far, near)):
-            threading.Thread(target=self._carry, args=[source, sink], daemon=True).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while (data := source.recv(1 << 16)) and not self.is_cut.is_set():
-                sink.sendall(data)
-            if not self.is_cut.is_set():
-                sink.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self.is_cut.set()
-        for one in self.open:
-            one.close()
-
-
 def test_nobody_waits_at_a_cut_link(tmp_path: Path) -> None:
-    hosts = json.loads(ranks.hostfile(tmp_path, 2).read_text())
-    cables = [Cable((host, int(port))) for host, port in (address.split(":") for (address,) in hosts)]
-    files = []
-    for rank in range(2):
-        seen = [own if n == rank else [cable.address] for n, (own, cable) in enumerate(zip(hosts, cables, strict=True))]
-        files.append(tmp_path / f"hosts-{rank}.json")
-        files[-1].write_text(json.dumps(seen))
-    try:
-        with running([*WORKER, JOB], files) as processes:
-            started_answering(processes)
-            for cable in cables:
-                cable.is_cut.set()
-            assert_all_end(processes)
-    finally:
+    with ranks.cabled(tmp_path, 2) as (files, cables), running([*WORKER, JOB], files) as processes:
+        started_answering(processes)
         for cable in cables:
-            cable.close()
+            cable.is_cut.set()
+        assert_all_end(processes)
+
+
+def test_nobody_waits_at_a_link_that_rank_0_does_not_have(tmp_path: Path) -> None:
+    with ranks.cabled(tmp_path, 3) as (files, cables), running([*WORKER, JOB], files) as processes:
+        started_answering(processes)
+        cables[2].is_cut.set()  # From rank 1 to rank 2.
+        assert_all_end(processes)
 
 
 @pytest.mark.long
@@ -232,6 +183,18 @@ def test_generate_says_over_two_ranks_what_it_says_alone(tmp_path: Path) -> None
     lead, follower = ranks.run([*GENERATE, "--parallel", "expert", "--split", "60,40"], 2, tmp_path, timeout_s=100)
     assert lead == alone.stdout
     assert follower == ""
+
+
+def test_chat_says_over_two_ranks_what_it_says_alone(tmp_path: Path) -> None:
+    chat = [sys.executable, "-m", "mixtral_mlx", "chat", "--quiet"]
+    how: dict[str, Any] = {"input": "Hello\n", "capture_output": True, "text": True, "check": True, "timeout": 100}
+    alone = subprocess.run(chat, **how)
+    hosts = ranks.hostfile(tmp_path, 2)
+    (follower,) = ranks.started(chat[1:], hosts, [1])
+    lead = subprocess.run(chat, env=ranks.environment(0, hosts), **how)
+    assert lead.stdout == alone.stdout
+    assert follower.communicate(timeout=WITHIN_S) == ("", "")
+    assert follower.returncode == 0
 
 
 def test_options_for_several_are_refused_to_one() -> None:

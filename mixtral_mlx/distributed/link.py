@@ -1,7 +1,8 @@
 """What ranks say to each other beside their sums: who they are, what is to be done next, and that they are alive.
 
-Every rank has a TCP connection to rank 0, made before MLX's own. It is made on the address of rank 0 that MLX's ring
-will use: there is no other port to choose or to open. Knows nothing of models. Messages are lines of JSON."""
+Every rank has a TCP connection to rank 0 and to its neighbours in the ring, made before MLX's own, at the addresses
+that MLX's ring will use: there is no other port to choose or to open, and a link that is cut is noticed by those at its
+ends. Knows nothing of models. Messages are lines of JSON."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 class Link:
-    """This rank's connections: rank 0 has one to each other rank, the others have one to rank 0.
+    """This rank's connections: rank 0 has one to each other rank, the others to rank 0 and to their neighbours.
 
     Made by `meet`. `on_lost` is called once, on a thread of the link's, with what befell another rank."""
 
@@ -86,9 +87,10 @@ class Link:
         self._peers = {rank: _Peer(rank, one, self) for rank, one in sockets.items()}
 
     def tell(self, message: Message) -> None:
-        """Say something to the rank, or all the ranks, at the other end."""
-        for peer in self._peers.values():
-            peer.send(message)
+        """Say something to all other ranks, or from one of these to rank 0."""
+        for rank, peer in self._peers.items():
+            if self.place.rank == 0 or rank == 0:
+                peer.send(message)
 
     def hear(self, rank: int = 0, timeout_s: float | None = None) -> Message | None:
         """The next message of a rank; None once it has said that it leaves. Raises `DistributedError` if it is lost."""
@@ -110,8 +112,8 @@ class Link:
             if self._closing or self.lost:
                 return
             self.lost = error
-        self.tell({"lost": str(error), "code": error.code, "hint": error.hint})
         for peer in self._peers.values():
+            peer.send({"lost": str(error), "code": error.code, "hint": error.hint})
             peer.messages.put(error)
         self.on_lost(error)
 
@@ -121,9 +123,9 @@ class Link:
             if self._closing:
                 return
             self._closing = True
-        if not self.lost:
-            self.tell({"bye": True})
         for peer in self._peers.values():
+            if not self.lost:
+                peer.send({"bye": True})
             peer.close()
 
     def heard(self, rank: int, message: Message) -> None:
@@ -240,9 +242,9 @@ def _listening(address: tuple[str, int]) -> socket.socket:
     except OSError as error:
         listener.close()
         raise DistributedError(
-            f"Rank 0 cannot listen at {address[0]}:{address[1]}: {error.strerror}.",
+            f"This rank cannot listen at {address[0]}:{address[1]}: {error.strerror}.",
             code="bad_hostfile",
-            hint="The first address in the hostfile is to be one of this machine's, with a free port.",
+            hint="That address in the hostfile is to be one of this machine's, with a free port.",
         ) from None
     return listener
 
@@ -296,26 +298,45 @@ def _refuse(listener: socket.socket, waiting: list[socket.socket], others: int, 
 
 
 def _asking(place: Place, hello: Message, deadline: float) -> Link:
-    connection = _connected(place.addresses[0], deadline)
+    rank, last = place.rank, place.size - 1
+    # Before rank 0 has been asked, since the rank before this one comes as soon as rank 0 has answered.
+    listener = _listening(place.addresses[rank]) if rank > 1 else None
+    found = {0: _asked(place, 0, hello, deadline)}
+    try:
+        if rank < last:
+            found[rank + 1] = _asked(place, rank + 1, hello, deadline)
+        if listener:
+            found[rank - 1], _ = _accepted(listener, deadline)
+            listener.close()
+            found[rank - 1].sendall(_encoded({"welcome": True}))
+    except (OSError, DistributedError):
+        found[0].close()  # Which rank 0 takes note of.
+        raise _missing("a neighbour in the ring cannot be reached") from None
+    return Link(place, found)
+
+
+def _asked(place: Place, rank: int, hello: Message, deadline: float) -> socket.socket:
+    """A connection to a rank that has welcomed this one."""
+    connection = _connected(place.addresses[rank], rank, deadline)
     try:
         connection.sendall(_encoded(hello))
         answer = _read_line(connection, deadline)
     except (OSError, ValueError):
         connection.close()
-        raise _missing("rank 0 has gone away, or not all ranks have come") from None
+        raise _missing(f"rank {rank} has gone away, or not all ranks have come") from None
     if "refused" in answer:
         connection.close()
         raise DistributedError(answer["refused"], code=answer["code"], hint=answer["hint"])
-    return Link(place, {0: connection})
+    return connection
 
 
-def _connected(address: tuple[str, int], deadline: float) -> socket.socket:
+def _connected(address: tuple[str, int], rank: int, deadline: float) -> socket.socket:
     while True:
         try:
             connection = socket.create_connection(address, timeout=max(deadline - time.monotonic(), _RETRY_S))
         except OSError:
             if time.monotonic() > deadline:
-                raise _missing(f"rank 0 does not answer at {address[0]}:{address[1]}") from None
+                raise _missing(f"rank {rank} does not answer at {address[0]}:{address[1]}") from None
             time.sleep(_RETRY_S)
             continue
         if connection.getsockname() == connection.getpeername():
