@@ -36,6 +36,11 @@ FORMS = {"fp32": SMALL, "4-bit": replace(SMALL, quantization=Q4)}
 CASES = [{"tokens": 1, "batch": 1}, {"tokens": 600, "batch": 1}, {"tokens": 9, "batch": 4}]
 WORKER = ["-m", "tests.sharded_worker"]
 KINDS = ["tensor", "expert", "pipeline"]
+EXPERT_FIRST = [
+    "expert",
+    pytest.param("pipeline", marks=pytest.mark.long),
+    pytest.param("tensor", marks=pytest.mark.long),
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def test_two_ranks_say_what_one_process_says(folders: list[Path], kind: str, tmp
         }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPERT_FIRST)
 def test_what_is_sent_for_a_token_is_what_arithmetic_says(folders: list[Path], kind: Kind, tmp_path: Path) -> None:
     carried = []
     for generated in (1, 21):
@@ -107,7 +112,7 @@ def test_long_prompts_are_read_as_by_one_process(folders: list[Path], kind: str,
     agrees(2, folders, tmp_path, kind, [{"tokens": 3000, "batch": 1}])
 
 
-@pytest.mark.parametrize("kind", ["expert", "pipeline"])
+@pytest.mark.parametrize("kind", EXPERT_FIRST[:2])
 def test_ranks_that_stream_say_what_one_process_says(folders: list[Path], kind: str, tmp_path: Path) -> None:
     for folder, said in zip(folders, agrees(2, folders, tmp_path, kind, slots=2), strict=True):
         experts = sum(tensor.nbytes for tensor in Checkpoint.open(folder).tensors if tensor.is_experts)
@@ -116,7 +121,7 @@ def test_ranks_that_stream_say_what_one_process_says(folders: list[Path], kind: 
         assert all(rank["streamed_bytes"] for rank in said)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPERT_FIRST)
 def test_uneven_ranks_say_what_one_process_says(
     folders: list[Path], deeper: list[Path], kind: str, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ def as_one() -> dict[str, Any]:
         return engine_ranks.asked(engine)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "expert", "pipeline"])
+@pytest.mark.parametrize("kind", [pytest.param("tensor", marks=pytest.mark.long), "expert", "pipeline"])
 def test_an_engine_over_two_ranks_answers_as_one_does(kind: str, as_one: dict[str, Any], tmp_path: Path) -> None:
     job = {"kind": kind, "do": "asked"}
     lead, follower = ranks.run([*WORKER, json.dumps(job)], 2, tmp_path, timeout_s=150)
@@ -131,8 +131,15 @@ def assert_all_end(processes: Sequence[subprocess.Popen[str]], but: int | None =
 JOB = json.dumps({"kind": "pipeline"})
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGKILL, 1),
+        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.long),
+    ],
+)
 def test_nobody_waits_for_a_rank_that_is_gone(rank: int, how: signal.Signals, tmp_path: Path) -> None:
     with running([*WORKER, JOB], [ranks.hostfile(tmp_path, 2)] * 2) as processes:
         started_answering(processes)
@@ -144,6 +151,7 @@ def test_nobody_waits_for_a_rank_that_is_gone(rank: int, how: signal.Signals, tm
             assert code == 1
 
 
+@pytest.mark.long
 def test_nobody_waits_at_a_cut_link(tmp_path: Path) -> None:
     with ranks.cabled(tmp_path, 2) as (files, cables), running([*WORKER, JOB], files) as processes:
         started_answering(processes)

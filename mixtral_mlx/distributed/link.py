@@ -117,6 +117,11 @@ class Link:
             peer.messages.put(error)
         self.on_lost(error)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether rank 0 has left in good order."""
+        return self._closing
+
     def close(self) -> None:
         """Leave in good order: the others are told."""
         with self._lock:
@@ -188,9 +193,15 @@ class _Peer:
                 return
             heard_at = time.monotonic()
             buffer += data
-            while (end := buffer.find(b"\n")) >= 0:
-                self._link.heard(self.rank, json.loads(buffer[:end]))
-                del buffer[: end + 1]
+            try:
+                while (end := buffer.find(b"\n")) >= 0:
+                    self._link.heard(self.rank, json.loads(buffer[:end]))
+                    del buffer[: end + 1]
+                if len(buffer) > _MOST_MESSAGE_BYTES:
+                    raise ValueError
+            except (ValueError, LookupError, TypeError):
+                self._lost("says what cannot be understood")
+                return
 
     def _lost(self, how: str) -> None:
         self._ended.set()

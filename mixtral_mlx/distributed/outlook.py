@@ -14,6 +14,8 @@ from ..budget import BANDWIDTH_SHARE, BudgetError, Footprint, Plan, Speeds, expe
 from ..config import Config
 from .split import KINDS, DistributedError, Kind, Portion, Split
 
+SUM_S = 0.1e-3
+"""What MLX's ring takes for a small sum beside the link: measured between two processes of one machine."""
 _MOST_CHOICES = 2000
 """Which experts a token may choose is tried out one by one, so many at most."""
 
@@ -160,7 +162,7 @@ def _link_s(kind: Kind, config: Config, size: int, sent: float, wire: Wire) -> f
         return 0.0
     if kind == "pipeline":
         return size * wire.latency_s + sent / wire.bytes_per_s
-    return _sums(config) * 2 * (size - 1) * wire.latency_s + sent / size / wire.bytes_per_s
+    return _sums(config) * (SUM_S + 2 * (size - 1) * wire.latency_s) + sent / size / wire.bytes_per_s
 
 
 def _compute_s(kind: Kind, config: Config, holdings: Sequence[Holding]) -> float:

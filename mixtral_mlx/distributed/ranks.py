@@ -29,6 +29,8 @@ from .part import Part
 from .split import DistributedError, Split
 
 _SAMPLE_BYTES = 256
+_MANY_TOKENS = 64
+"""A pass of more leaves buffers behind that the next ones have no use for."""
 GRACE_S = 2.0
 """After a rank was lost the process has so long to say so; then it is ended, whatever it waits for."""
 
@@ -57,7 +59,7 @@ class Ranks:
     def rank(self) -> int:
         return self.joint.rank
 
-    def follow(self, cancelled: Callable[[], bool] | None = None) -> None:
+    def follow(self) -> None:
         """Load this rank's part and do what rank 0 tells, until it leaves. Raises `MixtralError`."""
         how = self._loading
         try:
@@ -67,7 +69,7 @@ class Ranks:
                 memory=how.memory,
                 context=how.context,
                 kv_bits=how.kv_bits,
-                cancelled=cancelled,
+                cancelled=lambda: self.link.is_over,
                 share=self.part,
             )
             self.link.tell(_room(loaded.plan, loaded.config.num_hidden_layers, loaded))
@@ -75,7 +77,11 @@ class Ranks:
             while (told := self.link.hear()) is not None:
                 inputs, caches = mirror.for_pass(told)
                 mx.eval(loaded.model.model(inputs, caches))
+                if inputs.size > _MANY_TOKENS:
+                    mx.clear_cache()
         except BaseException as error:
+            if self.link.is_over:
+                return  # Nobody waits for this rank any more.
             self.link.lose(_as_told(error, self.rank))
             raise
 
