@@ -169,7 +169,19 @@ def test_nobody_waits_at_a_link_that_rank_0_does_not_have(tmp_path: Path) -> Non
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(50))
-def test_a_rank_may_be_killed_at_any_moment(seed: int, tmp_path: Path) -> None:
+def test_a_rank_may_be_killed_at_any_moment_of_an_answer(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    rank = rng.randrange(2)
+    with running([*WORKER, JOB], [ranks.hostfile(tmp_path, 2)] * 2) as processes:
+        started_answering(processes)
+        time.sleep(rng.uniform(0, 1))  # The moment is what is tried here.
+        processes[rank].kill()
+        assert_all_end(processes, but=rank)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10))
+def test_a_rank_may_be_killed_at_any_moment_of_the_start(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     rank = rng.randrange(2)
     with running([*WORKER, JOB], [ranks.hostfile(tmp_path, 2)] * 2) as processes:

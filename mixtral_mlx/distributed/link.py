@@ -83,6 +83,7 @@ class Link:
         self.on_lost: Callable[[DistributedError], object] = lambda error: None
         self.lost: DistributedError | None = None
         self._closing = False
+        self._is_lost = threading.Event()
         self._lock = threading.Lock()
         self._peers = {rank: _Peer(rank, one, self) for rank, one in sockets.items()}
 
@@ -112,6 +113,7 @@ class Link:
             if self._closing or self.lost:
                 return
             self.lost = error
+        self._is_lost.set()
         for peer in self._peers.values():
             peer.send({"lost": str(error), "code": error.code, "hint": error.hint})
             peer.messages.put(error)
@@ -121,6 +123,17 @@ class Link:
     def is_over(self) -> bool:
         """Whether rank 0 has left in good order."""
         return self._closing
+
+    def why(self, error: BaseException, told: DistributedError) -> BaseException:
+        """What to raise for a step that has failed with `error`: the loss of a rank, where that was the reason.
+
+        Otherwise the others are `told`, who wait in the middle of that step and cannot be called back."""
+        # MLX notices that a connection is gone as well, perhaps a moment earlier.
+        self._is_lost.wait(BEAT_S)
+        if self.lost:
+            return self.lost
+        self.lose(told)
+        return error
 
     def close(self) -> None:
         """Leave in good order: the others are told."""

@@ -82,8 +82,7 @@ class Ranks:
         except BaseException as error:
             if self.link.is_over:
                 return  # Nobody waits for this rank any more.
-            self.link.lose(_as_told(error, self.rank))
-            raise
+            raise self.link.why(error, _as_told(error, self.rank)) from None
 
 
 class _Told:
@@ -121,9 +120,7 @@ class _Told:
         try:
             yield
         except BaseException as error:
-            # The others are in the middle of it, and cannot be called back.
-            self._link.lose(_as_told(error, 0))
-            raise
+            raise self._link.why(error, _as_told(error, 0)) from None
 
 
 def _as_told(error: BaseException, rank: int) -> DistributedError:
