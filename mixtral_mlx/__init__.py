@@ -12,6 +12,7 @@
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks
     engine     many requests at once, for programs that embed a model
+    distributed  a model over several machines, and how they keep together
     opening    a model opened from a command line, with a bar
     protocol   OpenAI's and Anthropic's JSON ↔ what the engine takes and gives
     session    a conversation: its messages, settings and commands

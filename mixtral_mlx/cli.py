@@ -12,14 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .budget import parse_size
 from .config import RECIPES, MixtralError
-from .opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
+from .opening import LONG_PROMPT, ModelChoice, Plain, joined, open_model, wired
 from .prompt import Message
 from .session import SETTINGS, mlx_failures, parse_setting, peak_bytes
 from .terminal import Bar, CtrlC, PlainText, clean, complain
@@ -119,10 +120,22 @@ def _dispatch(arguments: list[str]) -> int:
     elif command == "--version":
         print(f"mixtral-mlx {__version__}")
     elif command in _COMMANDS:
+        _check_launched(command)
         return _COMMANDS[command](rest)
     else:
         _refuse_command(command)
     return 0
+
+
+_SHARED = ("chat", "generate", "serve")
+
+
+def _check_launched(command: str) -> None:
+    """Refuse what several processes of `mlx.launch` would each do by themselves."""
+    if command not in _SHARED and "MLX_RANK" in os.environ:
+        raise UsageError(
+            f"`{command}` cannot be shared by several machines, only {', '.join(_SHARED)} can.", code="not_available"
+        )
 
 
 def _refuse_command(command: str) -> NoReturn:
@@ -225,6 +238,26 @@ def _add_model(parser: _Parser, default: str) -> None:
     )
 
 
+def _add_parallel(parser: _Parser) -> None:
+    group = parser.add_argument_group("several Macs, started with mlx.launch")
+    group.add_argument(
+        "--parallel",
+        type=_one_of("tensor", "expert", "pipeline"),
+        metavar="P",
+        help="split heads and each expert (tensor), heads and whole experts (expert), or layers (pipeline)",
+    )
+    group.add_argument(
+        "--split", type=_numbers, metavar="64,36", help="how much of the model each of them gets (all the same)"
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected numbers with commas between them") from None
+
+
 def _add_engine(parser: _Parser) -> None:
     group = parser.add_argument_group("how requests share it")
     group.add_argument("--max-concurrent", type=_count(1), metavar="N", help="requests answered at a time (16)")
@@ -321,6 +354,8 @@ def _model_choice(parsed: argparse.Namespace, name: str | None) -> ModelChoice:
         wired=parsed.wired,
         offline=parsed.offline,
         quiet=parsed.quiet,
+        parallel=getattr(parsed, "parallel", None),
+        split=getattr(parsed, "split", None),
     )
 
 
@@ -344,14 +379,15 @@ def _chat(arguments: list[str]) -> int:
     parser.add_argument("--one", action="store_true", help="all of stdin is one message")
     parser.add_argument("--quiet", action="store_true", help="no banner and no progress bars")
     _add_model(parser, "the demo")
+    _add_parallel(parser)
     _add_settings(parser, {"temperature": "0.7; for the demo 0", "top_p": "0.95; for the demo 1"})
     parsed = parser.parse(arguments)
     from .chat import run
 
     name = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
     choice = _model_choice(parsed, name)
-    with wired(choice):
-        return run(choice, system=parsed.system, settings=_settings(parsed), one=parsed.one)
+    with wired(choice), joined(choice, complain) as mine:
+        return 0 if mine is None else run(mine, system=parsed.system, settings=_settings(parsed), one=parsed.one)
 
 
 # generate
@@ -362,7 +398,7 @@ The text goes to stdout as it comes and ends with a new line."""
 
 @dataclass(frozen=True)
 class _Request:
-    """What `generate` was asked: a prompt as text or as ids, and what to do with it."""
+    """What `generate` was asked: a prompt as text or as ids (neither: on stdin), and what to do with it."""
 
     choice: ModelChoice
     text: str | None
@@ -375,8 +411,13 @@ class _Request:
 
 def _generate(arguments: list[str]) -> int:
     request = _parse_generate(arguments)
-    with wired(request.choice):
-        ready = open_model(request.choice)
+    lost = partial(_failed, as_json=request.as_json)
+    with wired(request.choice), joined(request.choice, lost) as choice:
+        if choice is None:
+            return 0
+        if not request.ids and request.text is None:
+            request = replace(request, text=_stdin_text())
+        ready = open_model(choice)
         prompt = _prompt_ids(request, ready.tokenizer)
         answered = _complete(request, ready, prompt)
     chunks = answered.chunks
@@ -397,6 +438,7 @@ def _parse_generate(arguments: list[str]) -> _Request:
     parser.add_argument("--json", action="store_true", help="print one object: text, tokens, usage, timings, memory")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     _add_model(parser, "required")
+    _add_parallel(parser)
     _add_settings(parser, {"temperature": "0", "max_tokens": str(_MAX_TOKENS)})
     parsed = parser.parse(arguments)
     name = _required_model(parsed)
@@ -406,10 +448,9 @@ def _parse_generate(arguments: list[str]) -> _Request:
         raise UsageError("--chat needs text, got --prompt-ids.", code="bad_option")
     if parsed.system and not parsed.chat:
         raise UsageError("--system goes with --chat only.", code="bad_option", hint="Add --chat.")
-    text = _stdin_text() if parsed.prompt is None and parsed.prompt_ids is None else parsed.prompt
     settings = {"max_tokens": _MAX_TOKENS, **_settings(parsed)}
     ids = tuple(parsed.prompt_ids or ())
-    return _Request(_model_choice(parsed, name), text, ids, parsed.chat, parsed.system, settings, parsed.json)
+    return _Request(_model_choice(parsed, name), parsed.prompt, ids, parsed.chat, parsed.system, settings, parsed.json)
 
 
 _MAX_TOKENS = 512
@@ -681,8 +722,8 @@ def _serve(arguments: list[str]) -> int:
     )
     choice = _model_choice(parsed, parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None)
     port = 8080 if parsed.port is None else parsed.port
-    with wired(choice):
-        return serve(Request(choice, settings, port, parsed.uds, _engine_options(parsed)))
+    with wired(choice), joined(choice, complain) as mine:
+        return 0 if mine is None else serve(Request(mine, settings, port, parsed.uds, _engine_options(parsed)))
 
 
 def _serve_parser() -> _Parser:
@@ -724,6 +765,7 @@ def _serve_parser() -> _Parser:
         "--timeout", type=_seconds, default=3600.0, metavar="S", help="seconds that an answer may take (3600)"
     )
     _add_engine(parser)
+    _add_parallel(parser)
     group = parser.add_argument_group("what it says")
     group.add_argument("--log-prompts", action="store_true", help="also log what is asked, which is private")
     group.add_argument("--quiet", action="store_true", help="no progress bar and no line for each request")
@@ -753,7 +795,8 @@ should be. Without --model for the published Mixtrals, without --memory or --ram
 _PLAN_EPILOG = """examples:
   mixtral-mlx plan --measure
   mixtral-mlx plan --ram 16GB,24GB,64GB
-  mixtral-mlx plan --model ~/models/mixtral-q4 --memory 12GB --explain"""
+  mixtral-mlx plan --model ~/models/mixtral-q4 --memory 12GB --explain
+  mixtral-mlx plan --hosts 64GB,36GB --link 10Gb/s,0.3ms"""
 
 
 def _plan(arguments: list[str]) -> int:
@@ -764,6 +807,10 @@ def _plan(arguments: list[str]) -> int:
     group.add_argument(
         "--ram", type=_sizes(as_chips=True), default=(), metavar="16GB,24GB", help="Macs with so much memory"
     )
+    group.add_argument(
+        "--hosts", type=_sizes(as_chips=True), default=(), metavar="64GB,36GB", help="Macs that share a model"
+    )
+    group.add_argument("--link", metavar="10Gb/s,0.3ms", help="what is between them (20Gb/s,0.3ms)")
     group.add_argument("--context", type=_count(2), metavar="N", help="tokens of prompt and answer (chosen to fit)")
     group.add_argument("--kv-bits", type=_one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
     group = parser.add_argument_group("how it is said")
@@ -774,9 +821,18 @@ def _plan(arguments: list[str]) -> int:
     _add_output(parser, "print one object: plans, each with mode, slots_per_layer, context, parts, generation_tps …")
     given = vars(parser.parse(arguments))
     as_json, quiet = given.pop("json"), given.pop("quiet")
+    _check_hosts(given)
     from .plan import Request, plan
 
     return _show(plan(Request(**given), quiet=quiet), as_json=as_json)
+
+
+def _check_hosts(given: dict[str, Any]) -> None:
+    if given["link"] and not given["hosts"]:
+        raise UsageError("--link goes with --hosts only.", code="bad_option")
+    others = [name for name in ("memory", "ram", "measure", "explain") if given[name]]
+    if given["hosts"] and others:
+        raise UsageError(f"Both --hosts and --{others[0]} were given, expected one.", code="bad_option")
 
 
 def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:

@@ -78,13 +78,17 @@ class MoE(nn.Module):
         self.switch_mlp = experts
 
     def __call__(self, x: mx.array) -> mx.array:
+        chosen, weights = self.route(x)
+        outputs = self.switch_mlp(x, chosen)  # (B, T, K, D)
+        return (outputs * weights[..., None]).sum(axis=-2).astype(x.dtype)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x (B, T, D) → the experts chosen for each token and their weights, (B, T, K) both."""
         # Which expert answers hangs on small differences, so the router keeps float32 whatever the rest runs in.
         logits = self.gate(x.astype(mx.float32))  # (B, T, E)
         chosen = mx.argpartition(-logits, kth=self.num_chosen - 1, axis=-1)[..., : self.num_chosen]
         chosen = mx.stop_gradient(chosen)  # (B, T, K)
-        weights = mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1)
-        outputs = self.switch_mlp(x, chosen)  # (B, T, K, D)
-        return (outputs * weights[..., None]).sum(axis=-2).astype(x.dtype)
+        return chosen, mx.softmax(mx.take_along_axis(logits, chosen, axis=-1), axis=-1)
 
 
 class DecoderLayer(nn.Module):
@@ -116,11 +120,15 @@ class Decoder(nn.Module):
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings  # (B, T, D)
+        return self.norm(self.through(x, cache))
+
+    def through(self, x: mx.array, cache: Sequence[Any] | None) -> mx.array:
+        """x (B, T, D) through all layers, without the last norm."""
         caches = cache or [None] * len(self.layers)
         mask = create_attention_mask(x, caches[0], window_size=self.sliding_window)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, layer_cache)
-        return self.norm(x)
+        return x
 
 
 class Model(nn.Module):

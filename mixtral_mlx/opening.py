@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import MixtralError
 from .session import ChatError, Ready, shown_bytes
 from .terminal import Bar, CtrlC, notice
 
 if TYPE_CHECKING:
+    from .distributed.link import Place
     from .generate import Conversation
     from .prompt import Tokenizer
-    from .weights import Loaded
+    from .weights import Loaded, Share
 
 LONG_PROMPT = 512
 """Tokens of a prompt that take long enough to read that a bar says so."""
@@ -23,7 +27,9 @@ LONG_PROMPT = 512
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to open and how; a `name` of None is the built-in demo, `wired` one of `memory.WIRINGS`."""
+    """Which model to open and how; a `name` of None is the built-in demo, `wired` one of `memory.WIRINGS`.
+
+    `parallel` and `split` are how several machines share it, `share` is what this one has then; see `joined`."""
 
     name: str | None = None
     dtype: str = "auto"
@@ -33,6 +39,9 @@ class ModelChoice:
     wired: str = "off"
     offline: bool = False
     quiet: bool = False
+    parallel: str | None = None
+    split: tuple[float, ...] | None = None
+    share: Share | None = None
 
 
 @contextmanager
@@ -49,6 +58,47 @@ def wired(choice: ModelChoice) -> Iterator[None]:
         budget = choice.memory_bytes or default_budget(machine(ask_metal=True))
     with wire(choice.wired, budget):
         yield
+
+
+@contextmanager
+def joined(choice: ModelChoice, on_lost: Callable[[MixtralError], object]) -> Iterator[ModelChoice | None]:
+    """`choice` with this process's share of the model, where `mlx.launch` started several; as it is where it is alone.
+
+    None where another process does the talking: this one has followed it to the end. `on_lost` is told when one of them
+    is lost; the process ends soon after. Raises `MixtralError`."""
+    place = _place()
+    if place is None:
+        if choice.parallel or choice.split:
+            raise MixtralError(
+                "A model can be split among several processes only, and this one is alone.",
+                code="not_launched",
+                hint="Start it with mlx.launch, or leave --parallel and --split out.",
+            )
+        yield choice
+        return
+    if place.rank:
+        # A Ctrl-C in a terminal is for rank 0, which says what comes of it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with notice("Meeting the other ranks …", quiet=choice.quiet or bool(place.rank)):
+        from .distributed import Split
+        from .distributed.ranks import Loading, together
+        from .weights import locate
+
+        split = Split.of(choice.parallel or "pipeline", place.size, choice.split)
+        folder = _fetched(locate, choice)
+    loading = Loading(choice.dtype, choice.context, choice.kv_bits, choice.memory_bytes)
+    with together(folder, split, loading, place, on_lost=on_lost) as ranks:
+        if ranks.rank:
+            ranks.follow()
+        yield None if ranks.rank else replace(choice, share=ranks.part)
+
+
+def _place() -> Place | None:
+    if "MLX_RANK" not in os.environ:
+        return None
+    from .distributed.link import Place
+
+    return Place.find()
 
 
 @dataclass(frozen=True)
@@ -79,6 +129,7 @@ def open_model(choice: ModelChoice) -> Plain:
             kv_bits=choice.kv_bits,
             on_progress=bar,
             cancelled=stopped,
+            share=choice.share,
         )
     if cpu.is_available() and cpu.has_to_compile(loaded.model):
         with _compiling(choice):
@@ -105,6 +156,8 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
         from .weights import locate
     folder = _fetched(locate, choice)
     memory = choice.memory_bytes
+    if beside_bytes and choice.share:
+        raise ChatError("Several machines share this model and have no other.", code="not_available")
     if beside_bytes:
         memory = _left_beside(beside_bytes, memory or default_budget(machine(ask_metal=True)))
     with CtrlC() as stopped, _loading(choice) as bar:
@@ -116,6 +169,7 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
             kv_bits=choice.kv_bits,
             progress=bar,
             cancelled=stopped,
+            share=choice.share,
             **options,
         )
     is_demo = folder == locate(None)

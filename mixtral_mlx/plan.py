@@ -40,7 +40,9 @@ class PlanError(MixtralError):
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan for: a model or all published ones; budgets, Macs by their RAM, or this machine."""
+    """What to plan for: a model or all published ones; budgets, Macs by their RAM, or this machine.
+
+    `hosts` are Macs by their RAM that share a model, over a `link` as `outlook.parse_wire` reads it."""
 
     model: str | None = None
     memory: tuple[int, ...] = ()
@@ -49,6 +51,8 @@ class Request:
     kv_bits: int | None = None
     measure: bool = False
     explain: bool = False
+    hosts: tuple[int, ...] = ()
+    link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def plan(request: Request, *, quiet: bool = False) -> Answer:
     """Run `plan`. Raises `MixtralError`."""
     folder = _folder(request.model)
     own = Own.read(folder) if folder else None
+    if request.hosts:
+        return _over_hosts(request, own)
     if request.measure:
         _measure(folder, quiet=quiet)
     rows = [row for place in _places(request) for row in _rows(place, own, request)]
@@ -138,6 +144,24 @@ def outlook(folder: Path) -> str:
         return f"does not run here: {_short_reason(row)} of memory, and may use {in_gb(place.budget_bytes)}"
     speed = f"about {_tps(row.speed.decode_tps)} tokens/s (computed)"
     return f"runs here within {in_gb(place.budget_bytes)}: {_how(row)}, {speed}"
+
+
+def _over_hosts(request: Request, own: Own | None) -> Answer:
+    from .distributed import outlook
+
+    wire = outlook.parse_wire(request.link) if request.link else outlook.THUNDERBOLT
+    macs = [_mac(ram) for ram in request.hosts]
+    hosts = [outlook.Host(mac.label, mac.budget_bytes, mac.speeds) for mac in macs]
+    if own:
+        models = {f"{own.config.name} {own.recipe}": own.config}
+    else:
+        models = {f"{name} q4": replace(known, quantization=recipe(known, "q4")) for name, known in KNOWN.items()}
+    found = [
+        one
+        for name, config in models.items()
+        for one in outlook.outlooks(config, name, hosts, wire, context=request.context, kv_bits=request.kv_bits)
+    ]
+    return Answer(outlook.text(found, wire), [{"splits": outlook.entries(found)}])
 
 
 # Where, and what.

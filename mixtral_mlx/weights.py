@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,13 +67,34 @@ class WeightsError(MixtralError):
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor's bytes are: `nbytes` from `offset` in `file`, row-major, `dtype` in safetensors' names."""
+    """Where a tensor's bytes are: `nbytes` from `offset` in `file`, row-major, `dtype` in safetensors' names.
+
+    A part of a tensor may lie in pieces of `piece_bytes`, one every `stride_bytes`; 0 is a single piece."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    piece_bytes: int = 0
+    stride_bytes: int = 0
+
+    def part(self, axis: int, start: int, stop: int) -> Span:
+        """What lies between `start` and `stop` along `axis`. The span is to be of one piece."""
+        assert not self.piece_bytes
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        row = self.nbytes // math.prod(self.shape[: axis + 1])
+        nbytes = math.prod(shape[: axis + 1]) * row
+        single = math.prod(shape[:axis]) == 1
+        return Span(
+            self.file,
+            self.dtype,
+            shape,
+            self.offset + start * row,
+            nbytes,
+            0 if single else (stop - start) * row,
+            0 if single else self.shape[axis] * row,
+        )
 
 
 @dataclass(frozen=True)
@@ -150,8 +171,9 @@ class Checkpoint:
 class Loaded:
     """A model ready to run, with its configuration, the folder it came from and what loading took.
 
-    `plan` says who got how much memory. `streaming` is there when experts are read as they are needed. `note` says what
-    would make it faster, if anything."""
+    Where it is one machine's share of a model, so is all else. `plan` says who got how much memory. `streaming` is
+    there when experts are read as they are needed. `note` says what would make it faster, if anything. `read_bytes`
+    came from the disk before it was ready."""
 
     model: Model
     config: Config
@@ -162,6 +184,26 @@ class Loaded:
     plan: Plan
     streaming: Streaming | None = None
     note: str = ""
+    read_bytes: int = 0
+
+
+class Share(Protocol):
+    """The part of a model that one of several machines holds, and how it works together with the others."""
+
+    def of(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The tensors of this part, and a configuration that describes it."""
+
+    def shape(self, model: Model) -> None:
+        """Give a model made from that configuration, with nothing in it yet, exactly the parameters of this part."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise `MixtralError` where this part cannot run so."""
+
+    def join(self, model: Model, dtype: str, plan: Plan) -> Plan:
+        """Have a loaded part work with the others; the plan that all of them have room for."""
+
+    def when_lost(self, call: Callable[[MixtralError], object]) -> None:
+        """Have `call` called, on any thread, when the others are lost and nothing can be computed any more."""
 
 
 def locate(model: str | Path | None, *, offline: bool = False) -> Path:
@@ -195,6 +237,7 @@ def load(
     kv_bits: int | None = None,
     on_progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    share: Share | None = None,
 ) -> Loaded:
     """Load a checkpoint folder into memory, or as much of it as a budget has room for.
 
@@ -202,7 +245,8 @@ def load(
     and M2, float32 on MLX's CPU backend). Takes our folders, mlx-community's, older unstacked ones and plain Hugging
     Face ones. `memory` is what the whole process may use, in bytes, with a cache of `context` tokens in `kv_bits`; None
     is what the machine can spare, a plan is taken as it is. What does not fit is streamed. `cancelled` is asked
-    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. Run the model on this thread, with
+    between reads; when it says yes, `WeightsError` with code "cancelled" is raised. With a `share`, only that part of
+    the model is read. Run the model on this thread, with
     the context and the prompt chunks of its `plan`: those of `Conversation` may be larger."""
     start = time.perf_counter()
     if cpu.is_backend():
@@ -212,9 +256,12 @@ def load(
             f"The dtype is {dtype!r}, expected auto, {', '.join(_DTYPE_NAMES.values())}.", code="unsupported_dtype"
         )
     folder = Path(folder)
-    checkpoint = Checkpoint.open(folder)
-    target, cast_to = dtypes_for(dtype, checkpoint)
+    whole = Checkpoint.open(folder)
+    target, cast_to = dtypes_for(dtype, whole)
+    checkpoint = share.of(whole) if share else whole
     plan = memory if isinstance(memory, Plan) else _plan(checkpoint, target, cast_to, memory, context, kv_bits)
+    if share:
+        share.check(plan)
     if memory is not None or plan.mode == "streamed":
         mx.set_cache_limit(plan.cache_limit_bytes)
     tensors = [tensor for tensor in checkpoint.tensors if plan.mode == "resident" or not tensor.is_experts]
@@ -226,16 +273,21 @@ def load(
 
         streaming = Streaming(stored_experts(checkpoint, cast_to), plan.slots, on_slots=reader.note)
         arrays += streaming.arrays()
-    model = _built(checkpoint.config, arrays, streaming)
+    model = _built(checkpoint.config, arrays, streaming, share)
     if target == "float32" and cpu.is_available():
         cpu.accelerate(model)
+    if share:
+        plan = share.join(model, target, plan)
     note = cpu.MISSING if cpu.is_backend() and not cpu.is_available() else ""
     weights_bytes = sum(array.nbytes for _, array in arrays)
     seconds = time.perf_counter() - start
-    return Loaded(model, checkpoint.config, folder, target, weights_bytes, seconds, plan, streaming, note)
+    read_bytes = sum(tensor.nbytes for tensor in tensors)
+    return Loaded(model, checkpoint.config, folder, target, weights_bytes, seconds, plan, streaming, note, read_bytes)
 
 
-def _built(config: Config, arrays: list[tuple[str, mx.array]], streaming: Streaming | None) -> Model:
+def _built(
+    config: Config, arrays: list[tuple[str, mx.array]], streaming: Streaming | None, share: Share | None
+) -> Model:
     """The model with these parameters; its experts as far as `streaming` has slots for them, if they are streamed."""
     # Here, since it brings mlx-lm, which takes seconds to import and converting can do without.
     from .model import Model, resident_experts
@@ -243,6 +295,8 @@ def _built(config: Config, arrays: list[tuple[str, mx.array]], streaming: Stream
     names = {name for name, _ in arrays}
     # The model's own initial weights stay unevaluated: they never take memory.
     model = Model(config, streaming.experts if streaming else resident_experts)
+    if share:
+        share.shape(model)
     quantize(model, config, lambda path: f"{path}.scales" in names)
     model.load_weights(arrays, strict=True)
     model.eval()
@@ -614,16 +668,21 @@ class _Reader:
     ) -> Iterator[Future[None]]:
         start = 0
         for span in spans:
-            for at in range(0, span.nbytes, _READ_BYTES):
-                end = min(at + _READ_BYTES, span.nbytes)
-                part = view[start + at : start + end]
-                yield pool.submit(self._read_part, span.file, fds[span.file], part, span.offset + at)
+            # As many whole pieces at a time as a read is to have, or so much of a single one.
+            piece, stride = span.piece_bytes or 1, span.stride_bytes or 1
+            step = max(_READ_BYTES // piece, 1) * piece
+            for at in range(0, span.nbytes, step):
+                part = view[start + at : start + min(at + step, span.nbytes)]
+                offset = span.offset + at // piece * stride
+                yield pool.submit(self._read_part, span.file, fds[span.file], part, offset, span)
             start += span.nbytes
 
-    def _read_part(self, file: Path, fd: int, part: memoryview, offset: int) -> None:
+    def _read_part(self, file: Path, fd: int, part: memoryview, offset: int, span: Span) -> None:
         if self.stopped.is_set():
             return
-        read_into(file, fd, part, offset)
+        piece = span.piece_bytes or part.nbytes
+        for n, at in enumerate(range(0, part.nbytes, piece)):
+            read_into(file, fd, part[at : at + piece], offset + n * span.stride_bytes)
         with self.lock:
             self.done += part.nbytes
 

@@ -31,10 +31,22 @@ LAYERS: dict[str, set[str]] = {
     "server": {"__version__", "config", "engine", "opening", "page", "protocol", "terminal"},
     "helper": {"__version__", "config", "engine", "memory", "prompt", "protocol", "server"},
     "session": {"config", "engine", "generate", "memory", "prompt", "weights"},
-    "opening": {"cpu", "engine", "generate", "memory", "prompt", "session", "terminal", "weights"},
+    "opening": {
+        "config",
+        "cpu",
+        "distributed",
+        "engine",
+        "generate",
+        "memory",
+        "prompt",
+        "session",
+        "terminal",
+        "weights",
+    },
     "protocol": {"config", "engine", "generate", "prompt"},
     "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
     "page": set(),
+    "distributed": {"borrowed", "budget", "config", "cpu", "engine", "model", "weights", "__version__"},
 }
 
 

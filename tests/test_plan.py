@@ -268,3 +268,33 @@ def test_speeds_are_kept_as_they_were_measured(tmp_path: Path) -> None:
 )
 def test_what_is_assumed_hangs_on_the_chip(chip: str, ram: int, kind: str) -> None:
     assert f" {kind} " in speeds.assumed(Machine(ram << 30, ram << 29, chip)).name
+
+
+def test_macs_that_share_a_model_hold_all_of_it(plan: Callable[..., str]) -> None:
+    splits = json.loads(plan("--hosts", "64GB,64GB", "--json"))["splits"]
+    whole = {name: replace(KNOWN[name], quantization=recipe(KNOWN[name], "q4")).nbytes() for name in KNOWN}
+    assert {split["split"] for split in splits} == {"tensor", "expert", "pipeline"}
+    for split in splits:
+        held = sum(rank["weights_bytes"] for rank in split["ranks"])
+        assert held == pytest.approx(whole[split["model"].split()[0]], rel=0.001)
+        assert split["generation_tps"] > 0
+        assert all(rank["mode"] == "resident" for rank in split["ranks"])
+
+
+def test_the_first_split_named_is_the_fastest(plan: Callable[..., str]) -> None:
+    for link in ("10Gb/s,0.3ms", "1Gb/s,2ms"):
+        splits = json.loads(plan("--hosts", "64GB,36GB", "--link", link, "--json"))["splits"]
+        for model in ("8x7B q4", "8x22B q4"):
+            speeds = [split["generation_tps"] or 0 for split in splits if split["model"] == model]
+            assert speeds == sorted(speeds, reverse=True)
+
+
+def test_macs_that_share_a_model_are_told_what_each_holds(plan: Callable[..., str]) -> None:
+    out = plan("--hosts", "64GB,36GB")
+    assert re.search(r"rank 1, 36 GB Mac: experts 5 to 7, 3 key/value heads", out)
+    assert "Computed, not measured" in out
+
+
+@pytest.mark.parametrize("line", [("--link", "10Gb/s,1ms"), ("--hosts", "64GB,36GB", "--ram", "64GB")])
+def test_options_that_do_not_go_with_hosts_are_refused(line: tuple[str, ...], plan: Callable[..., str]) -> None:
+    assert "error[bad_option]" in plan(*line, status=2)

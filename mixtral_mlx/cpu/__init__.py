@@ -54,8 +54,9 @@ def accelerate(model: Model) -> None:
         if all(map(modules.fits, [*matrices, *experts, moe.gate])) and modules.can_attend(attention):
             layer.__class__ = modules.DecoderLayer
             model.runs_ahead = False
-    # Whatever its weights, it is to give float32, which is what all that follows computes in.
-    _replace(model.model.embed_tokens, always=True)
+    if "embed_tokens" in model.model:  # One of several machines may hold no more than some layers.
+        # Whatever its weights, it is to give float32, which is what all that follows computes in.
+        _replace(model.model.embed_tokens, always=True)
     if "lm_head" in model:
         _replace(model.lm_head)
 

@@ -286,8 +286,13 @@ class DecoderLayer(model.DecoderLayer):
         logits = _Rows.of(x).times(moe.gate)[: len(x)]
         chosen, shares = np.empty(len(x) * per_token, np.int64), np.empty(len(x) * per_token, np.float32)
         products.choose(chosen, shares, logits.reshape(-1), experts, per_token)
-        rows, place = moe.switch_mlp.outputs(x, chosen, per_token)
-        products.combine(hidden.reshape(-1), rows.reshape(-1), place, shares, per_token, hidden.shape[-1])
+        self._add_chosen(hidden, x, chosen, shares)
+
+    def _add_chosen(self, hidden: Floats, x: Floats, chosen: Indices, shares: Floats) -> None:
+        """hidden (N, D) += what the `chosen` experts (N · K,) say to x, times their `shares`."""
+        moe = self.block_sparse_moe
+        rows, place = moe.switch_mlp.outputs(x, chosen, moe.num_chosen)
+        products.combine(hidden.reshape(-1), rows.reshape(-1), place, shares, moe.num_chosen, hidden.shape[-1])
 
 
 def _normalized(x: Floats, norm: nn.RMSNorm) -> Floats:

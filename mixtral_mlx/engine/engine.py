@@ -19,7 +19,7 @@ from ..config import Config
 from ..generate import GenerateError, Sampling, check_kv_bits, room_after
 from ..memory import CRITICAL, NORMAL, WARNING, Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
-from ..weights import Checkpoint, Loaded, Progress, locate, relief
+from ..weights import Checkpoint, Loaded, Progress, Share, locate, relief
 from ..weights import load as load_weights
 from .adapters import Adapter, put, take_out
 from .answering import Answering
@@ -109,6 +109,7 @@ class Loading:
     progress: Progress | None
     cancelled: Callable[[], bool]
     draft: Path | None = None
+    share: Share | None = None
 
 
 class Engine:
@@ -144,6 +145,8 @@ class Engine:
         self._opener = _Opener(folder, loading, self._prefixes, self._draft)
         self._watch = Watch(self.config)
         self._worker = Worker(self._opener, self.tokenizer, self._prefixes, self._passes, self._watch, limits)
+        if loading.share:
+            loading.share.when_lost(self._worker.lose)
         self._compilers = ThreadPoolExecutor(_COMPILING_THREADS, "mixtral-grammar")
         self._finalizer = weakref.finalize(self, _close, self._worker, self._compilers)
 
@@ -299,6 +302,8 @@ class Engine:
 
         Requests asked before it end with the one they began with; returns once it is done. Raises `MixtralError`, and
         after an adapter that does not fit the model has none."""
+        if folder is not None and self._loading.share:
+            raise _not_split("An adapter")
         adapter = Adapter.read(Path(folder).expanduser()) if folder is not None else None
         opener, worker = self._opener, self._worker
 
@@ -438,6 +443,7 @@ def load(
     offline: bool = False,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    share: Share | None = None,
 ) -> Engine:
     """A model ready to answer: a folder, a repository on Hugging Face, or the demo model for None.
 
@@ -448,11 +454,15 @@ def load(
     prompts have in common is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in
     `cache_dir` over restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with
     the next request. While weights are read, `progress` is called with bytes done and in all, on the engine's thread,
-    and `cancelled` is asked whether to give up. Raises `MixtralError`."""
+    and `cancelled` is asked whether to give up. A `share` is the part of the model that this machine has of it, where
+    several work together. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s)
+    for what, given in (("An adapter", adapter), ("A cache_dir", cache_dir), ("A draft", draft)):
+        if share and given:
+            raise _not_split(what)
     beside = locate(draft, offline=offline) if draft is not None else None
     loading = Loading(
-        dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never, beside
+        dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never, beside, share
     )
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else None
@@ -492,6 +502,7 @@ class _Opener:
             kv_bits=how.kv_bits,
             on_progress=how.progress,
             cancelled=lambda: cancelled() or how.cancelled(),
+            share=how.share,
         )
         plan = loaded.plan
         resident = plan.mode == "resident"
@@ -553,6 +564,10 @@ def _answering(
     if grammar:
         grammar.add_done_callback(lambda _: worker.wake())
     return answering
+
+
+def _not_split(what: str) -> EngineError:
+    return EngineError(f"{what} cannot be used with a model that several machines share.", code="not_available")
 
 
 def _not_together(what: str, why: str) -> GenerateError:

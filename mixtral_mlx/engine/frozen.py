@@ -51,12 +51,14 @@ class Form:
 class Frozen:
     """Keys and values of `length` tokens, a layer's as arrays (1, H, T, D).
 
-    Where a rotating window has turned, `is_whole`: there is no going back to fewer tokens."""
+    Where a rotating window has turned, `is_whole`: there is no going back to fewer tokens. `handle` is what other
+    machines, where a model is split among several, know their part of this by; caches have one too."""
 
     form: Form
     length: int
     layers: tuple[tuple[mx.array, ...], ...]
     is_whole: bool = False
+    handle: Any = None
 
     @classmethod
     def of(cls, caches: Sequence[Any], length: int) -> Frozen | None:
@@ -74,7 +76,8 @@ class Frozen:
         if isinstance(caches[0], RotatingKVCache) and not is_whole:
             settings = (*settings[:-1], 0)  # The place of the next token, which is `length`.
         form = Form(type(caches[0]).__name__, settings, len(layers), arrays)
-        return cls(form, length, layers, is_whole).first(length)
+        handle = getattr(caches[0], "handle", None)
+        return cls(form, length, layers, is_whole, handle and handle.frozen(length)).first(length)
 
     @classmethod
     def zeros(cls, form: Form, length: int) -> Frozen:
@@ -110,10 +113,13 @@ class Frozen:
         if self.form.name == RotatingKVCache.__name__ and not self.is_whole:
             settings = (*settings[:-1], length)
         # A cache writes into its array objects, so these are new ones even where they hold the same.
-        return [
+        caches = [
             CLASSES[self.form.name].from_state((*_paired([array[...] for array in layer]), length, *settings))
             for layer in self.first(length).layers
         ]
+        if self.handle:
+            caches[0].handle = self.handle.forked(length)
+        return caches
 
     def views(self) -> Views:
         """The memory of what is evaluated, for threads that know nothing of MLX."""

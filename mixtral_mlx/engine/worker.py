@@ -129,6 +129,7 @@ class Worker:
         self._calls_between: deque[tuple[Callable[[], object], list[Answering]]] = deque()
         self._closing = False
         self._unload_when_idle = False
+        self._lost: MixtralError | None = None
         self._running: list[Answering] = []
         self._ahead: _Launched | None = None
         self._last_pass_end = 0.0
@@ -158,7 +159,7 @@ class Worker:
         """Have requests answered, all of them or none; raises `EngineError` where they cannot even wait."""
         with self._changed:
             if self._closing:
-                raise _closed()
+                raise self._lost or _closed()
             if len(self._waiting) + len(answerings) > self.limits.max_queue:
                 raise EngineError(
                     f"{len(self._waiting)} requests wait already, and no more than {self.limits.max_queue} may.",
@@ -207,6 +208,16 @@ class Worker:
             self._changed.notify_all()
         if threading.get_ident() != self._thread_id:
             self._ended.wait(timeout_s)
+
+    def lose(self, error: MixtralError) -> None:
+        """Nothing can be computed any more, and the thread may never come back: end all there is with `error`."""
+        with self._changed:
+            self._lost, self._closing = error, True
+            those = [*self._running, *self._waiting]
+            self._changed.notify_all()
+        for answering in those:
+            if not answering.finished:
+                answering.fail(error)
 
     def _call(self, function: Callable[[], T], queue: Callable[[Callable[[], object]], None]) -> Future[T]:
         future: Future[T] = Future()

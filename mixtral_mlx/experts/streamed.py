@@ -54,6 +54,8 @@ class Guess:
         self.pool = pool
         self.gate = gate
         self.recall = recall
+        self.first = 0
+        """The router's number of the first expert in `pool`, which may have some of them only."""
         there = earlier_norm.astype(mx.float32)
         self.ratio = mx.where(there == 0, 0, norm.astype(mx.float32) / mx.where(there == 0, 1, there))
         mx.eval(self.ratio)
@@ -74,7 +76,9 @@ class Guess:
         best: dict[int, float] = {}
         self.open = []
         for row, place in np.ndindex(*chances.shape):
-            expert = int(order[row, place])
+            expert = int(order[row, place]) - self.first
+            if not 0 <= expert < self.pool.num_experts:
+                continue
             self.open.append((expert, place, int(cases[row, place])))
             best[expert] = max(best.get(expert, 0.0), float(chances[row, place]))
         likely = [expert for expert in best if best[expert] >= _WORTH_READING]

@@ -185,6 +185,7 @@ class _Loading:
                     offline=choice.offline,
                     progress=progress,
                     cancelled=lambda: self._server.should_exit,
+                    share=choice.share,
                     **self._request.engine,
                 )
             # The first conversation takes longer, and so do the first tokens where products are compiled.
