@@ -224,7 +224,7 @@ def test_generate_says_what_failed_and_exits_with_1(
     (file,) = talking.glob("*.safetensors")
     with streamed(talking, 2) as loaded:
         broken = Plain(talking.name, loaded, Tokenizer.read(talking), Conversation(loaded.model))
-        monkeypatch.setattr(cli, "open_model", lambda choice: broken)
+        monkeypatch.setattr("mixtral_mlx.cli.talk.open_model", lambda choice: broken)
         with faults.in_place_of_reads(faults.Disk([faults.failing(errno.EIO)], 20, 1 << 30)):
             line = ["generate", "--model", str(talking), "--prompt", "Hello there, how are you?"]
             assert cli.main([*line, "--json"] if as_json else line) == 1
