@@ -519,7 +519,10 @@ def test_others_go_on_while_a_hostile_grammar_is_compiled(speaker: Speaker) -> N
 
 
 def test_an_ambiguous_text_ends_before_it_gets_slow(speaker: Speaker) -> None:
-    matcher = compiled(HOSTILE["lark: as ambiguous as can be"](), speaker.vocabulary, begins=False).matcher()
+    # What is looked at is bounded by a count, whatever the processor's time is worth at the moment.
+    limits = Limits(step_seconds=10)
+    hostile = HOSTILE["lark: as ambiguous as can be"]()
+    matcher = compiled(hostile, speaker.vocabulary, begins=False, limits=limits).matcher()
     token = max((text, n) for n, text in enumerate(speaker.written) if text and set(text) == set(b"a"))[1]
     with pytest.raises(GrammarError, match="too much") as refused:  # noqa: PT012
         for _ in range(200):
