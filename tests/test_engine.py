@@ -33,7 +33,7 @@ from mixtral_mlx.engine import batch, parking
 from mixtral_mlx.engine.answering import Answering
 from mixtral_mlx.engine.engine import Engine, load
 from mixtral_mlx.engine.grammar import Format, GrammarError, Matcher
-from mixtral_mlx.engine.reply import Reply
+from mixtral_mlx.engine.reply import Channel, Reply
 from mixtral_mlx.engine.request import (
     Done,
     EngineError,
@@ -44,7 +44,7 @@ from mixtral_mlx.engine.request import (
     ToolCallDelta,
 )
 from mixtral_mlx.engine.worker import Worker
-from mixtral_mlx.generate import Conversation, Sampling, stream_generate
+from mixtral_mlx.generate import Conversation, Sampling, Usage, stream_generate
 from mixtral_mlx.memory import rss_bytes
 from mixtral_mlx.prompt import Message, Tokenizer, Tool, ToolCall
 from mixtral_mlx.weights import load as load_weights
@@ -601,6 +601,17 @@ def test_cancelling_at_any_moment_frees_memory_and_changes_nothing(pair: tuple[E
 def test_cancelling_at_200_moments(pair: tuple[Engine, Engine]) -> None:
     for seed in range(100, 200):
         cancel_somewhere(pair[0], seed)
+
+
+def test_a_reply_that_is_dropped_once_it_has_ended_was_not_cancelled() -> None:
+    for end in (Done("stop", Usage(1, 0, 1, 0.1, 0.1)), RuntimeError("boom")):
+        channel = Channel()
+        channel.put(end)
+        channel.abandon()
+        assert not channel.is_cancelled
+    channel = Channel()
+    channel.abandon()
+    assert channel.is_cancelled
 
 
 def test_a_cancelled_task_cancels_its_request(engine: Engine) -> None:

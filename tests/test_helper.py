@@ -269,7 +269,9 @@ def test_statistics_count_what_was_done() -> None:
         before = app.ask("1", type="stats")[0]
         app.chat("2", max_tokens=7, min_tokens=7)
         after = app.ask("3", type="stats")[0]
+        deadline = time.monotonic() + _PATIENCE_S
         while not after["done"]["requests"]["finished"]:  # Counted a moment after the last token was sent.
+            assert time.monotonic() < deadline
             after = app.ask("4", type="stats")[0]
     assert before["state"] == after["state"] == "ready"
     assert (before["done"]["requests"]["finished"], after["done"]["requests"]["finished"]) == (0, 1)

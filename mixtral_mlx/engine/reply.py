@@ -51,7 +51,7 @@ class Channel:
         """The same where nobody is left to hear of it, from a finalizer: in the midst of anything, so it only notes it.
 
         The worker looks before each step."""
-        self.is_cancelled = True
+        self.is_cancelled = self.is_cancelled or not self._closed
 
     def wait(self) -> Event | BaseException:
         """The next event, once it is there."""
