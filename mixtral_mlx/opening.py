@@ -17,6 +17,7 @@ from .terminal import Bar, CtrlC, notice
 
 if TYPE_CHECKING:
     from .distributed.link import Place
+    from .distributed.split import Kind
     from .generate import Conversation
     from .prompt import Tokenizer
     from .weights import Loaded, Share
@@ -39,7 +40,7 @@ class ModelChoice:
     wired: str = "off"
     offline: bool = False
     quiet: bool = False
-    parallel: str | None = None
+    parallel: Kind | None = None
     split: tuple[float, ...] | None = None
     share: Share | None = None
 
@@ -80,17 +81,35 @@ def joined(choice: ModelChoice, on_lost: Callable[[MixtralError], object]) -> It
         # A Ctrl-C in a terminal is for rank 0, which says what comes of it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with notice("Meeting the other ranks …", quiet=choice.quiet or bool(place.rank)):
-        from .distributed import Split
         from .distributed.ranks import Loading, together
         from .weights import locate
 
-        split = Split.of(choice.parallel or "pipeline", place.size, choice.split)
         folder = _fetched(locate, choice)
-    loading = Loading(choice.dtype, choice.context, choice.kv_bits, choice.memory_bytes)
-    with together(folder, split, loading, place, on_lost=on_lost) as ranks:
+    loading = Loading(
+        choice.parallel or "pipeline", choice.split, choice.dtype, choice.context, choice.kv_bits, choice.memory_bytes
+    )
+    with together(folder, loading, place, on_lost=on_lost) as ranks:
         if ranks.rank:
             ranks.follow()
         yield None if ranks.rank else replace(choice, share=ranks.part)
+
+
+def followed(choice: ModelChoice, on_lost: Callable[[MixtralError], object]) -> bool:
+    """Do what another process tells this one to its end, where `mlx.launch` started several and this is not the first.
+
+    For a command whose work is done by another process than its own: that one is to be `joined`. Raises
+    `MixtralError`."""
+    place = _place()
+    if place and place.rank == 0:
+        return False
+    with joined(choice, on_lost) as mine:
+        return mine is None
+
+
+def ranks() -> int:
+    """How many processes `mlx.launch` started to share a model; 1 where it did not."""
+    place = _place()
+    return place.size if place else 1
 
 
 def _place() -> Place | None:

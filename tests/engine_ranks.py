@@ -8,7 +8,6 @@ from typing import Any
 
 from mixtral_mlx import load
 from mixtral_mlx.config import MixtralError
-from mixtral_mlx.distributed import Split
 from mixtral_mlx.distributed import ranks as ranks_module
 from mixtral_mlx.distributed.link import Place
 from mixtral_mlx.distributed.ranks import Loading, together
@@ -56,9 +55,9 @@ def main() -> None:
     folder = locate(own.get("model"))
     if version := own.get("version"):
         vars(ranks_module)["__version__"] = version
-    split = Split.of(own["kind"], place.size, own.get("weights"))
-    loading = Loading(**own.get("loading", {}))
-    with together(folder, split, loading, place, on_lost=_complain) as ranks:
+    weights = own.get("weights")
+    loading = Loading(own["kind"], tuple(weights) if weights else None, **own.get("loading", {}))
+    with together(folder, loading, place, on_lost=_complain) as ranks:
         if ranks.rank:
             ranks.follow()
             return

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,24 @@ def hostfile(folder: Path, size: int) -> Path:
     path = folder / "hosts.json"
     path.write_text(json.dumps(hosts))
     return path
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that were free a moment ago."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        with ExitStack() as stack, suppress(OSError, OverflowError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return int(first)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started and that still run."""
+    path = Path(f"/proc/{pid}/task")
+    return [int(word) for task in path.glob("*/children") for word in task.read_text().split()]
 
 
 def environment(rank: int, hosts: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -46,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "protocol": {"config", "engine", "generate", "prompt"},
     "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
     "page": set(),
-    "distributed": {"borrowed", "budget", "config", "cpu", "engine", "model", "weights", "__version__"},
+    "distributed": {"borrowed", "budget", "config", "cpu", "engine", "memory", "model", "weights", "__version__"},
 }
 
 

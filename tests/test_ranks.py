@@ -196,6 +196,25 @@ def test_a_rank_may_be_killed_at_any_moment_of_the_start(seed: int, tmp_path: Pa
         assert "rank_lost" in error or "rank_missing" in error
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(50))
+def test_a_rank_may_be_killed_at_any_moment_of_what_mlx_launch_started(seed: int) -> None:
+    rng = random.Random(seed)
+    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2"]
+    launch += ["--backend", "ring", "--starting-port", str(ranks.free_ports(2)), "--env", f"PYTHONPATH={ranks.ROOT}"]
+    command = [*launch, "--", sys.executable, *WORKER, JOB]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
+        try:
+            while len(found := ranks.children(launcher.pid)) < 2:
+                assert launcher.poll() is None
+            time.sleep(rng.uniform(0, 8))  # The moment is what is tried here.
+            os.kill(rng.choice(found), signal.SIGKILL)
+            launcher.communicate(timeout=WITHIN_S)
+            assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+        finally:
+            launcher.kill()
+
+
 # The command line.
 
 
@@ -235,12 +254,46 @@ def test_two_ranks_serve_and_end_together(tmp_path: Path) -> None:
         assert [(code, error) for code, _, error in answers(processes, WITHIN_S)] == [(0, "")] * 2
 
 
-def test_what_each_rank_would_do_by_itself_is_refused(tmp_path: Path) -> None:
-    for process in ranks.started(
-        ["-m", "mixtral_mlx", "bench", "--model", "demo"], ranks.hostfile(tmp_path, 2), [0, 1]
-    ):
+BENCH = ["-m", "mixtral_mlx", "bench", "--model", "demo", "--turns", "1", "--seconds", "1", "--quiet", "--json"]
+
+
+@pytest.mark.parametrize("group", ["decode", pytest.param("batch", marks=pytest.mark.long)])
+def test_bench_measures_what_two_ranks_share(group: str, tmp_path: Path) -> None:
+    lead, follower = ranks.run([*BENCH, "--rows", f"load,{group}", "--parallel", "expert"], 2, tmp_path, timeout_s=150)
+    assert follower == ""
+    figures = {row["name"]: row["figures"]["mixtral-mlx"] for row in json.loads(lead)["rows"]}
+    assert "the ranks meet once" in figures["load, warm"]["reason"]
+    expected = ["decode, context 0"] if group == "decode" else [f"batch of {n}, context {c}" for n, c in BATCHES]
+    assert [name for name, figure in figures.items() if figure["median"]] == expected
+
+
+BATCHES = [(batch, context) for context in (0, 128) for batch in (1, 4, 8, 16)]
+
+
+@pytest.mark.long
+def test_bench_ends_when_a_rank_does(tmp_path: Path) -> None:
+    rows = ["--rows", "batch", "--turns", "3"]
+    with running([*BENCH[:-2], *rows], [ranks.hostfile(tmp_path, 2)] * 2) as processes:
+        error = processes[0].stderr
+        assert error
+        assert error.readline().startswith("batch of 1, context 0: mixtral-mlx ")
+        processes[1].kill()
+        ((code, _, said),) = answers(processes[:1], WITHIN_S)
+        assert code == 1
+        assert "error[rank_lost]" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "refusal"),
+    [
+        (["verify", "--model", "demo"], "error[not_available]: `verify` cannot be shared"),
+        (["bench", "--model", "demo", "--vs", "mlx-lm"], "error[not_available]: --vs mlx-lm cannot share a model"),
+    ],
+)
+def test_what_each_rank_would_do_by_itself_is_refused(command: list[str], refusal: str, tmp_path: Path) -> None:
+    for process in ranks.started(["-m", "mixtral_mlx", *command], ranks.hostfile(tmp_path, 2), [0, 1]):
         _, error = process.communicate(timeout=60)
-        assert (process.returncode, "error[not_available]: `bench` cannot be shared" in error) == (2, True)
+        assert (process.returncode, refusal in error) == (2, True)
 
 
 def test_options_for_several_are_refused_to_one() -> None:

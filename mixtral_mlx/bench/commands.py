@@ -38,7 +38,7 @@ from .report import (
     notes_of,
     write_whole,
 )
-from .sides import OTHERS, Side, ours
+from .sides import OTHERS, Side, ours, shared
 
 _WITH_ROOM = 1.3
 
@@ -47,7 +47,8 @@ _WITH_ROOM = 1.3
 class Request:
     """What `bench` was asked; a `model` of None is the demo, `against` one of `sides.OTHERS`.
 
-    `memory` is what our side may use, in bytes; None is what this machine can spare."""
+    `memory` is what our side may use, in bytes; None is what this machine can spare. With `ranks` above 1 others share
+    the model, and `sharing` are the options that say how."""
 
     model: str | None
     against: str | None = None
@@ -59,6 +60,8 @@ class Request:
     save: Path | None = None
     output: Path | None = None
     memory: int | None = None
+    ranks: int = 1
+    sharing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,14 @@ def bench(request: Request, *, quiet: bool) -> Answer:
         check_writable(path)
     folder = locate(request.model, offline=request.offline)
     checkpoint = Checkpoint.open(folder)
-    if request.memory is not None:  # Refused now rather than by a worker, after the limits were measured.
+    if (
+        request.memory is not None and request.ranks == 1
+    ):  # Refused now rather than by a worker, after the limits were measured.
         fit(footprint(checkpoint, *dtypes_for(request.dtype, checkpoint)), request.memory)
-    sides = [ours(folder, request.dtype, request.memory)]
+    if request.ranks > 1:
+        sides = [shared(folder, request.dtype, request.memory, request.ranks, request.sharing)]
+    else:
+        sides = [ours(folder, request.dtype, request.memory)]
     if request.against:
         sides.append(OTHERS[request.against](folder, request.dtype))
     report = measure(request, checkpoint, sides, quiet=quiet)
@@ -98,7 +106,7 @@ def compare(first: Path, second: Path) -> Answer:
 def measure(request: Request, checkpoint: Checkpoint, sides: Sequence[Side], *, quiet: bool) -> Report:
     """Measure `sides` and report."""
     weighed = floor.weigh(checkpoint)
-    wanted = {row: rows.left_out(row, checkpoint.config) for row in rows.all_rows(request.groups)}
+    wanted = {row: rows.left_out(row, checkpoint.config, request.ranks) for row in rows.all_rows(request.groups)}
     reached = limits.measure(activation_dtype(request.dtype, checkpoint.dtype))
     plan = turns.Plan(
         checkpoint.folder,
@@ -117,6 +125,8 @@ def measure(request: Request, checkpoint: Checkpoint, sides: Sequence[Side], *, 
     settings = Settings(request.dtype, request.turns, request.seconds, request.groups, request.memory)
     infos = tuple(_side_info(side, outcome.ready.get(side.name)) for side in sides)
     side_notes = tuple(f"{side.name}: {side.note}" for side in sides if side.note and "first" in request.groups)
+    if request.ranks > 1:
+        side_notes += (f"The model is shared by {request.ranks} ranks; limits and floors are of this machine alone.",)
     return Report(
         version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -71,8 +71,9 @@ class Streamed:
 class Worker:
     """A worker's process; starting one waits until its model is loaded. Raises `SideError`."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, is_shared: bool = False) -> None:
         self.name = name
+        self.is_shared = is_shared
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self.started = time.perf_counter()
         with ExitStack() as on_failure:
@@ -140,9 +141,6 @@ class Worker:
 
     def _hello(self) -> Ready:
         said = self._answer(at_start=True)
-        if isinstance(error := said.get("error"), dict):
-            message, hint = _one_line(error.get("message", "")), str(error.get("hint", ""))
-            raise SideError(message, code=str(error.get("code", "cannot_load")), hint=hint, at_start=True)
         try:
             words = str(said["engine"]), str(said["version"]), str(said["dtype"])
             return Ready(*words, float(said["load_s"]), _memory(said.get("memory")))
@@ -155,10 +153,17 @@ class Worker:
             # A library that found a way around the worker's care is no reason to stop.
             with suppress(ValueError):
                 if isinstance(parsed := json.loads(line), dict):
+                    _raise_error(parsed.get("error"), at_start=at_start)
                     return parsed
         status = self._process.wait()
         how = f"was ended by signal {-status}" if status < 0 else f"ended with exit code {status}"
         raise SideError(f"{self.name} {how}{last_words(self._errors)}", code="side_died", at_start=at_start)
+
+
+def _raise_error(said: Any, *, at_start: bool) -> None:
+    if isinstance(said, dict):
+        message, hint = _one_line(said.get("message", "")), str(said.get("hint", ""))
+        raise SideError(message, code=str(said.get("code", "cannot_load")), hint=hint, at_start=at_start)
 
 
 def _memory(said: Any) -> Memory | None:

@@ -69,8 +69,10 @@ def _kv_row(bits: int) -> Row:
     return Row(f"{bits}-bit cache, context {KV_CONTEXT:,}", "kv", "decode", "tok/s", STEPS, KV_CONTEXT, kv_bits=bits)
 
 
-def left_out(row: Row, config: Config) -> str:
-    """Why a model has no such row; empty if it has."""
+def left_out(row: Row, config: Config, ranks: int = 1) -> str:
+    """Why a model that so many ranks share has no such row; empty if it has."""
+    if ranks > 1 and row.kind in ("load", "first", "memory"):
+        return "it takes a fresh process each time, and the ranks meet once"
     longest = config.max_position_embeddings
     # After a prompt comes a token, and before the steps that are timed one that is not.
     needed = row.tokens + 1 if row.kind == "prompt" else row.context + row.least + 1

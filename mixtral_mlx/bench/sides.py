@@ -5,8 +5,8 @@ Another engine is one more entry in `OTHERS`."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FIRST_PROMPT = "The capital of France is"
@@ -17,13 +17,15 @@ class Side:
     """One engine with one model: `worker` starts a process that speaks the protocol of `worker.py`.
 
     `first` runs the engine's own command line up to a first token on stdout; None where it has none, and then a fresh
-    worker is asked for it. `header` are the characters that the command writes before any text."""
+    worker is asked for it. `header` are the characters that the command writes before any text. With `ranks` above 1
+    other machines share the model with its worker, of which there can be but one."""
 
     name: str
     worker: tuple[str, ...]
     first: tuple[str, ...] | None = None
     note: str = ""
     header: str = ""
+    ranks: int = 1
 
 
 def ours(folder: Path, dtype: str, memory: int | None = None) -> Side:
@@ -35,6 +37,12 @@ def ours(folder: Path, dtype: str, memory: int | None = None) -> Side:
         return Side("mixtral-mlx", worker, first)
     # A budget is counted in whole MiB.
     return Side("mixtral-mlx", (*worker, str(memory)), (*first, "--memory", f"{memory >> 20}MiB"))
+
+
+def shared(folder: Path, dtype: str, memory: int | None, ranks: int, options: Sequence[str]) -> Side:
+    """This package with a model that so many ranks share, as `options` of a command line say."""
+    alone = ours(folder, dtype, memory)
+    return replace(alone, worker=(*alone.worker, *options), first=None, ranks=ranks)
 
 
 def mlx_lm(folder: Path, dtype: str) -> Side:

@@ -67,7 +67,8 @@ class Events:
 
 
 def run(sides: Sequence[Side], rows: Sequence[Row], plan: Plan, events: Events = Events()) -> Outcome:
-    """Measure `rows` of `sides`. Raises `SideError` where the first side cannot load; others just have no figures."""
+    """Measure `rows` of `sides`. Raises `SideError` where the first side cannot load, or loses a rank; others just have
+    no figures."""
     measured: list[Measured] = []
     with _Turns(sides, plan) as turns:
         try:
@@ -139,7 +140,7 @@ class _Turns:
             got.values.append(self._sample(row, side, got))
         except SideError as failure:
             self._pool.drop_dead(side, failure)
-            if failure.at_start and side is self.sides[0]:
+            if side is self.sides[0] and (failure.at_start or (side.ranks > 1 and failure.code != "unsupported")):
                 raise
             got.reason = str(failure)
         else:
@@ -218,7 +219,7 @@ class _Pool:
         if side.name not in self._workers:
             if not self.keep_all:
                 self.close()
-            worker = self._workers[side.name] = Worker(side.name, side.worker)
+            worker = self._workers[side.name] = Worker(side.name, side.worker, is_shared=side.ranks > 1)
             self.on_ready(side, worker.ready)
             # A process's first sums are slow: memory is touched, kernels are made.
             worker.number("seconds", "prompt", tokens=LEAST_PROMPT)
@@ -235,7 +236,8 @@ class _Pool:
         """End all workers, whatever happens to one of them."""
         with ExitStack() as stack:
             for worker in self._workers.values():
-                stack.callback(worker.kill)
+                # Other ranks are told by one that leaves in good order.
+                stack.callback(worker.close if worker.is_shared else worker.kill)
             self._workers = {}
 
 

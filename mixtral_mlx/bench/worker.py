@@ -1,4 +1,5 @@
-"""One side of a benchmark in a process of its own: `python -m mixtral_mlx.bench.worker ENGINE FOLDER DTYPE [BYTES]`.
+"""One side of a benchmark in a process of its own: `python -m mixtral_mlx.bench.worker ENGINE FOLDER DTYPE [BYTES]`,
+for ours with `[--parallel KIND] [--split A,B]` after it where `mlx.launch` started the benchmark.
 
 The protocol, which a worker for any other engine speaks too, is lines of JSON: requests on stdin, answers on stdout,
 one answer to each, in order. The process ends with its stdin. Nothing else may reach stdout; what the engine prints
@@ -12,7 +13,7 @@ keeps to a budget (ours is given it as BYTES) may add `"memory": {"mode": "resid
 
     {"error": {"code": "unsupported_dtype", "message": "what was found and expected", "hint": "what to do"}}
 
-and the process ends. Requests:
+and the process ends; so it may do later, in place of an answer, where it cannot go on. Requests:
 
     {"op": "prompt", "tokens": N}
         Read N seeded random ids into an empty cache → {"seconds": …} until the next token's logits are there.
@@ -34,11 +35,13 @@ What a side cannot do it answers with {"unsupported": "why"}; the row then shows
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -48,6 +51,7 @@ import mlx.core as mx
 
 from .. import cpu
 from ..config import MixtralError
+from ..opening import ModelChoice, joined
 from ..session import peak_bytes, shown_bytes
 from .floor import kv_bytes
 
@@ -72,6 +76,9 @@ class Engine(Protocol):
     memory: dict[str, Any] | None
     streaming: Streaming | None
 
+    def caches(self, request: Decode) -> list[Any]:
+        """New caches for `request`, which the caller fills."""
+
     def check_room(self, request: Decode) -> None:
         """Raise ValueError if the cache that `request` fills has no place in the budget."""
 
@@ -80,13 +87,15 @@ class Engine(Protocol):
 
 
 class Ours:
-    """This package, as `generate` runs it, without text; `memory` is what the process may use, in bytes."""
+    """This package, as `generate` runs it, without text; `memory` is what the process may use, in bytes.
+
+    `share` is this process's part of a model that other machines have the rest of."""
 
     name = "mixtral-mlx"
     memory: dict[str, Any] | None
     streaming: Streaming | None
 
-    def __init__(self, folder: Path, dtype: str, memory: int | None = None) -> None:
+    def __init__(self, folder: Path, dtype: str, memory: int | None = None, share: Any = None) -> None:
         from .. import __version__
         from ..weights import load
 
@@ -94,7 +103,8 @@ class Ours:
         import_module("mixtral_mlx.model")
         if cpu.is_available():
             import_module("mixtral_mlx.cpu.modules")
-        loaded = load(folder, dtype=dtype, memory=memory)
+        loaded = load(folder, dtype=dtype, memory=memory, share=share)
+        self._share = share
         self.version = __version__
         self.dtype, self.load_s, self.model = loaded.dtype, loaded.seconds, loaded.model
         self.plan, self.streaming, self.has_budget = loaded.plan, loaded.streaming, memory is not None
@@ -107,6 +117,12 @@ class Ours:
         need = int(tokens * kv_bytes(self.model.args, request.kv_bits, self.dtype))
         if self.has_budget and need > room:
             raise ValueError(f"its cache takes {shown_bytes(need)}, the budget has room for {shown_bytes(room)}")
+
+    def caches(self, request: Decode) -> list[Any]:
+        made = new_caches(self.model.args, request)
+        if self._share and request.context:
+            self._share.fill(made, request.batch, request.context)
+        return made
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[Any]:
         from ..generate import Conversation, Sampling, stream_generate
@@ -153,6 +169,9 @@ class MlxLm:
         self.version = mlx_lm.__version__
         self.dtype = str(self.model.model.norm.weight.dtype).removeprefix("mlx.core.")
 
+    def caches(self, request: Decode) -> list[Any]:
+        return new_caches(self.model.args, request)
+
     def check_room(self, request: Decode) -> None:
         pass
 
@@ -160,9 +179,6 @@ class MlxLm:
         from mlx_lm.generate import generate_step
 
         return generate_step(mx.array(list(prompt)), self.model, max_tokens=count)
-
-
-_ENGINES: dict[str, Callable[..., Engine]] = {"mixtral-mlx": Ours, "mlx-lm": MlxLm}
 
 
 @dataclass(frozen=True)
@@ -250,18 +266,9 @@ def in_the_shared_loop(engine: Engine, request: Decode) -> Passed:
 
 def _filled_cache(engine: Engine, request: Decode) -> list[Any]:
     """A cache of `context` tokens for each sequence, of seeded values: reading a prompt for it could take hours."""
-    from mlx_lm.models.cache import KVCache, QuantizedKVCache
-
-    args = engine.model.args
-    width = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
-    if request.kv_bits and width % 32:
-        raise ValueError(f"heads {width} wide cannot be quantized")
-    group = 64 if width % 64 == 0 else 32
-    caches = [
-        QuantizedKVCache(group, request.kv_bits) if request.kv_bits else KVCache()
-        for _ in range(args.num_hidden_layers)
-    ]
+    caches, args = engine.caches(request), engine.model.args
     if request.context:
+        width = _head_width(args)
         shape = (2, request.batch, args.num_key_value_heads, request.context, width)
         keys, values = mx.random.normal(shape, dtype=mx.float32, key=mx.random.key(_SEED)).astype(
             getattr(mx, engine.dtype)
@@ -270,6 +277,24 @@ def _filled_cache(engine: Engine, request: Decode) -> list[Any]:
             cache.update_and_fetch(keys, values)
             mx.eval(cache.state[:2])
     return caches
+
+
+def new_caches(args: Any, request: Decode) -> list[Any]:
+    """An empty cache for each layer of a model."""
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    width = _head_width(args)
+    if request.kv_bits and width % 32:
+        raise ValueError(f"heads {width} wide cannot be quantized")
+    group = 64 if width % 64 == 0 else 32
+    return [
+        QuantizedKVCache(group, request.kv_bits) if request.kv_bits else KVCache()
+        for _ in range(args.num_hidden_layers)
+    ]
+
+
+def _head_width(args: Any) -> int:
+    return getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
 
 
 def seeded_ids(engine: Engine, count: int) -> list[int]:
@@ -287,6 +312,8 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         if op == "decode":
             return decode(engine, Decode(**request)).to_dict()
     except (MixtralError, RuntimeError, MemoryError, ValueError) as error:
+        if isinstance(error, MixtralError) and error.code in ("rank_lost", "rank_failed"):
+            raise
         return {"unsupported": str(error) or type(error).__name__}
     if op == "memory":
         return {"peak_bytes": peak_bytes()}
@@ -317,17 +344,50 @@ def protected_stdout() -> TextIO:
 
 
 def main() -> None:
-    name, folder, dtype, *memory = sys.argv[1:]
+    asked = _parser().parse_args()
     answers = protected_stdout()
     try:
-        engine = _ENGINES[name](Path(folder), dtype, *map(int, memory))
+        with _engine(asked, lambda error: _say(answers, _failure(error))) as engine:
+            serve(engine, sys.stdin, answers)
     except MixtralError as error:
-        _say(answers, {"error": {"code": error.code, "message": str(error), "hint": error.hint}})
+        _say(answers, _failure(error))
         sys.exit(1)
     except (RuntimeError, MemoryError, ValueError, OSError, ImportError) as error:
-        _say(answers, {"error": {"code": "cannot_load", "message": f"{type(error).__name__}: {error}", "hint": ""}})
+        _say(answers, _failure(MixtralError(f"{type(error).__name__}: {error}", code="cannot_load")))
         sys.exit(1)
-    serve(engine, sys.stdin, answers)
+
+
+def _failure(error: MixtralError) -> dict[str, Any]:
+    return {"error": {"code": error.code, "message": str(error), "hint": error.hint}}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engine", choices=("mixtral-mlx", "mlx-lm"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("dtype")
+    parser.add_argument("memory", type=int, nargs="?")
+    parser.add_argument("--parallel")
+    parser.add_argument("--split", type=lambda text: tuple(map(float, text.split(","))))
+    return parser
+
+
+@contextmanager
+def _engine(asked: argparse.Namespace, on_lost: Callable[[MixtralError], object]) -> Iterator[Engine]:
+    if asked.engine == "mlx-lm":
+        yield MlxLm(asked.folder, asked.dtype)
+        return
+    choice = ModelChoice(
+        str(asked.folder),
+        asked.dtype,
+        memory_bytes=asked.memory,
+        quiet=True,
+        parallel=asked.parallel,
+        split=asked.split,
+    )
+    with joined(choice, on_lost) as mine:
+        assert mine
+        yield Ours(asked.folder, asked.dtype, asked.memory, mine.share)
 
 
 if __name__ == "__main__":

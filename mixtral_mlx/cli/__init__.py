@@ -94,7 +94,7 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-_SHARED = ("chat", "generate", "serve")
+_SHARED = ("chat", "generate", "serve", "bench")
 
 
 def _check_launched(command: str) -> None:

@@ -6,17 +6,17 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..budget import parse_size
-
-if TYPE_CHECKING:
-    pass
+from ..opening import ModelChoice, followed, ranks
+from ..terminal import complain
 from .options import (
     Parser,
     UsageError,
     add_model,
     add_output,
+    add_parallel,
     add_settings,
     count,
     given_settings,
@@ -113,17 +113,46 @@ def bench(arguments: list[str]) -> int:
     if both and given:
         option = _OPTIONS.get(min(given), min(given))
         raise UsageError(f"--compare measures nothing: it goes with --json, not with --{option}.", code="bad_option")
-    from ..bench import commands
-
     if both:
+        if "MLX_RANK" in os.environ:
+            raise UsageError("--compare is for one process alone.", code="bad_option")
+        from ..bench import commands
+
         return show(commands.compare(*both), as_json=as_json)
     model = given.pop("model", None) or os.environ.get("MIXTRAL_MLX_MODEL")
     if not model:
         raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
-    request = commands.Request(None if model == "demo" else model, **given)
+    name = None if model == "demo" else model
+    sharing = _sharing(name, given)
+    if sharing is None:
+        return 0
+    from ..bench import commands
+
+    request = commands.Request(name, **given, **sharing)
     answer = commands.bench(request, quiet=quiet)
     show(answer, as_json=as_json)
     return 130 if answer.interrupted else 0
+
+
+def _sharing(name: str | None, given: dict[str, Any]) -> dict[str, Any] | None:
+    """How others share the model, taken out of what was `given`; None where this process was one of these others."""
+    parallel, split = given.pop("parallel", None), given.pop("split", None)
+    choice = ModelChoice(
+        name,
+        given.get("dtype", "auto"),
+        memory_bytes=given.get("memory"),
+        offline=given.get("offline", False),
+        quiet=True,
+        parallel=parallel,
+        split=split,
+    )
+    all_ranks = ranks()
+    if all_ranks > 1 and "against" in given:
+        raise UsageError(f"--vs {given['against']} cannot share a model with other ranks.", code="not_available")
+    if followed(choice, complain):
+        return None
+    options = ("--parallel", parallel) if parallel else ()
+    return {"ranks": all_ranks, "sharing": (*options, *(("--split", ",".join(map(str, split))) if split else ()))}
 
 
 _OPTIONS = {"against": "vs", "groups": "rows"}
@@ -152,6 +181,7 @@ def _bench_parser() -> Parser:
         help="most our side's whole process may use, as 12GB; experts that have no room are read from the SSD "
         "(what this machine can spare)",
     )
+    add_parallel(parser)
     group = parser.add_argument_group("how much to measure")
     group.add_argument("--turns", type=count(1), metavar="N", help="times each figure is measured (5)")
     group.add_argument("--rows", type=_some_of(rows.GROUPS), dest="groups", metavar="A,B", help=f"of {groups} (all)")

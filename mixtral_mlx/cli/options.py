@@ -136,7 +136,10 @@ def add_parallel(parser: Parser) -> None:
         help="split heads and each expert (tensor), heads and whole experts (expert), or layers (pipeline)",
     )
     group.add_argument(
-        "--split", type=_numbers, metavar="64,36", help="how much of the model each of them gets (all the same)"
+        "--split",
+        type=_numbers,
+        metavar="64,36",
+        help="how much of the model each of them gets (as much as it has memory)",
     )
 
 

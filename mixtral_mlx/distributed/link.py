@@ -85,7 +85,10 @@ class Link:
         self._closing = False
         self._is_lost = threading.Event()
         self._lock = threading.Lock()
-        self._peers = {rank: _Peer(rank, one, self) for rank, one in sockets.items()}
+        self._peers = {rank: _Peer(rank, one, self) for rank, one in sorted(sockets.items())}
+        # Not before all are there: what they hear is noted here.
+        for peer in self._peers.values():
+            peer.start()
 
     def tell(self, message: Message) -> None:
         """Say something to all other ranks, or from one of these to rank 0."""
@@ -104,8 +107,13 @@ class Link:
         return message
 
     def hear_all(self) -> list[Message]:
-        """A message of every other rank."""
-        return [self.hear(rank) or {} for rank in self._peers]
+        """A message of every other rank, in their order. Raises `DistributedError` if one is lost, or leaves."""
+        return [self._heard_from(rank) for rank in self._peers]
+
+    def _heard_from(self, rank: int) -> Message:
+        if (message := self.hear(rank)) is None:
+            raise DistributedError(f"Rank {rank} has left.", code="rank_lost")
+        return message
 
     def lose(self, error: DistributedError) -> None:
         """Something has happened after which the ranks cannot go on: tell the others, and whoever waits here."""
@@ -168,6 +176,8 @@ class _Peer:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         connection.settimeout(BEAT_S)
+
+    def start(self) -> None:
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name="mixtral-link", daemon=True).start()
 
@@ -189,6 +199,12 @@ class _Peer:
             self.send({"beat": True})
 
     def _listen(self) -> None:
+        try:
+            self._listen_to_the_end()
+        finally:
+            self._connection.close()
+
+    def _listen_to_the_end(self) -> None:
         buffer, heard_at = bytearray(), time.monotonic()
         while not self._ended.is_set():
             try:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..borrowed import KVCache, QuantizedKVCache, RotatingKVCache
+from ..config import Config
 from ..engine.batch import SideBySide
 from ..engine.frozen import Frozen
 from .split import DistributedError
@@ -53,6 +54,10 @@ class Notes:
         # Things go whenever Python finds out that nobody has them: on any thread, in the middle of anything.
         self.operations: deque[Operation] = deque()
 
+    def fill(self, caches: Sequence[Any], batch: int, length: int) -> None:
+        """New caches are being filled with what nobody reads, and the other ranks' are to be as long."""
+        self.operations.append(["fill", self._id(caches[0]), batch, length])
+
     def of_pass(self, inputs: mx.array, caches: Sequence[Any] | None) -> dict[str, Any]:
         """What to tell of a pass: everything noted, the ids, and for each sequence its cache and where it begins."""
         first = caches[0] if caches else None
@@ -80,10 +85,11 @@ def _kind(cache: Any) -> list[Any]:
 
 
 class Mirror:
-    """The same caches on another rank, for as many layers as it has."""
+    """The same caches on another rank, for the layers and heads that it has, in the dtype it computes in."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, config: Config, dtype: mx.Dtype) -> None:
+        self.config = config
+        self.dtype = dtype
         self.caches: dict[int, list[Any]] = {}
         self.kept: dict[int, Frozen] = {}
 
@@ -108,7 +114,13 @@ class Mirror:
         return caches
 
     def _new(self, number: int, kind: Sequence[Any]) -> None:
-        self.caches[number] = [_made(*kind) for _ in range(self.layers)]
+        self.caches[number] = [_made(*kind) for _ in range(self.config.num_hidden_layers)]
+
+    def _fill(self, number: int, batch: int, length: int) -> None:
+        zeros = mx.zeros((batch, self.config.num_key_value_heads, length, self.config.head_dim), self.dtype)
+        for cache in self.caches[number]:
+            cache.update_and_fetch(zeros, zeros)
+            mx.eval(cache.state[:2])
 
     def _freeze(self, number: int, source: int, length: int) -> None:
         if frozen := Frozen.of(self.caches[source], length):

@@ -21,12 +21,13 @@ import mlx.core as mx
 from .. import __version__
 from ..budget import Plan
 from ..config import Config, MixtralError
+from ..memory import default_budget, machine
 from ..weights import Checkpoint, Loaded, dtypes_for, load, opened_file, read_into
 from .layers import Joint
 from .link import START_S, Link, Place, meet
 from .mirror import Mirror, Notes
 from .part import Part
-from .split import DistributedError, Split
+from .split import DistributedError, Kind, Split
 
 _SAMPLE_BYTES = 256
 _MANY_TOKENS = 64
@@ -37,8 +38,12 @@ GRACE_S = 2.0
 
 @dataclass(frozen=True)
 class Loading:
-    """How every rank loads its part: options of `weights.load`, and for each rank its own memory."""
+    """How the ranks load their parts: a kind of split with each rank's weight in it, and options of `weights.load`.
 
+    `memory` is this rank's own, in bytes. Without `weights` each rank gets as much as it has memory."""
+
+    kind: Kind = "pipeline"
+    weights: tuple[float, ...] | None = None
     dtype: str = "auto"
     context: int | None = None
     kv_bits: int | None = None
@@ -73,7 +78,7 @@ class Ranks:
                 share=self.part,
             )
             self.link.tell(_room(loaded.plan, loaded.config.num_hidden_layers, loaded))
-            mirror = Mirror(loaded.config.num_hidden_layers)
+            mirror = Mirror(loaded.config, getattr(mx, loaded.dtype))
             while (told := self.link.hear()) is not None:
                 inputs, caches = mirror.for_pass(told)
                 mx.eval(loaded.model.model(inputs, caches))
@@ -101,6 +106,10 @@ class _Told:
         plan = self._part.join(model, dtype, plan)
         self._room = self._room or self._link.hear_all()
         return _for_all(plan, self._room, model.args, dtype)
+
+    def fill(self, caches: Sequence[Any], batch: int, length: int) -> None:
+        """Have the others fill theirs as long as `caches`, new ones, are being filled here, to measure what follows."""
+        self._notes.fill(caches, batch, length)
 
     def when_lost(self, call: Callable[[MixtralError], object]) -> None:
         """Have what cannot be answered any more ended with an error, should another rank be lost."""
@@ -168,15 +177,15 @@ def _for_all(plan: Plan, rooms: Sequence[Mapping[str, Any]], config: Config, dty
 
 @contextmanager
 def together(
-    folder: Path, split: Split, loading: Loading, place: Place, *, on_lost: Callable[[DistributedError], object]
+    folder: Path, loading: Loading, place: Place, *, on_lost: Callable[[DistributedError], object]
 ) -> Iterator[Ranks]:
     """Meet the other ranks, and leave them in good order at the end. Raises `MixtralError`.
 
     When another rank is lost, requests end with an error, `on_lost` is called with it, and the process ends: what waits
     in a sum with a rank that is gone cannot be woken."""
     checkpoint = Checkpoint.open(folder)
-    split.portions(checkpoint.config)
-    link = meet(place, about(checkpoint, split, loading))
+    Split.of(loading.kind, place.size, loading.weights).portions(checkpoint.config)
+    link = meet(place, about(checkpoint, loading))
     terminal = _terminal_state()
 
     def end(error: DistributedError) -> None:
@@ -192,6 +201,7 @@ def together(
 
     link.on_lost = end
     try:
+        split = Split.of(loading.kind, place.size, loading.weights or budgets(link, loading))
         yield Ranks(folder, split, loading, link, _group(link, place))
     except MixtralError:
         if link.lost:
@@ -200,6 +210,19 @@ def together(
         raise
     finally:
         link.close()
+
+
+def budgets(link: Link, loading: Loading) -> tuple[float, ...]:
+    """What each rank may use, in bytes: rank 0 is told by all and tells all. Call it on every rank."""
+    own = max(loading.memory or default_budget(machine(ask_metal=True)), 1)
+    if link.place.rank:
+        link.tell({"budget_bytes": own})
+        if (told := link.hear()) is None:
+            raise DistributedError("Rank 0 has left before anything was loaded.", code="rank_lost")
+        return tuple(told["budgets"])
+    each = (own, *(said["budget_bytes"] for said in link.hear_all()))
+    link.tell({"budgets": each})
+    return each
 
 
 def _group(link: Link, place: Place) -> mx.distributed.Group:
@@ -229,15 +252,15 @@ def _group(link: Link, place: Place) -> mx.distributed.Group:
     return group
 
 
-def about(checkpoint: Checkpoint, split: Split, loading: Loading) -> dict[str, str]:
+def about(checkpoint: Checkpoint, loading: Loading) -> dict[str, str]:
     """What must be the same on all ranks, by name."""
     config = checkpoint.config
     packing = config.quantization.to_dict() if config.quantization else {}
     numbers = {name: value for name, value in config.to_dict().items() if not name.startswith("quantization")}
-    weights = ", ".join(f"{weight:g}" for weight in split.weights)
+    weights = ", ".join(f"{weight:g}" for weight in loading.weights or ()) or "by memory"
     return {
         "version": f"{__version__} with MLX {_mlx_version()}",
-        "split": f"{split.kind} {weights}",
+        "split": f"{loading.kind} {weights}",
         "settings": f"context {loading.context}, kv_bits {loading.kv_bits}",
         "dtype": dtypes_for(loading.dtype, checkpoint)[0],
         "recipe": f"{packing.get('bits', 'no')} bits {_digest(packing)}",
