@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import itertools
 import os
 import resource
 import signal
@@ -98,6 +99,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app = app
+        self._signals = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -135,7 +137,8 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        # Counted in one step: the second one may come in the middle of this.
+        if next(self._signals) or self.should_exit:
             os._exit(128 + number)
         late = threading.Timer(_END_WITHIN_S, os._exit, [0])
         late.daemon = True
