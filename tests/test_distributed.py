@@ -52,10 +52,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def deeper(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four layers."""
+    """The same with four layers."""
     where = tmp_path_factory.mktemp("deeper")
-    deep = replace(FORMS["4-bit"], num_hidden_layers=4)
-    return [write_tiny(where / "4-layers", deep, tokenizer=None)]
+    return [
+        write_tiny(where / name, replace(config, num_hidden_layers=4), tokenizer=None) for name, config in FORMS.items()
+    ]
 
 
 def agrees(size: int, folders: list[Path], where: Path, kind: str, cases: Any = CASES, **job: Any) -> list[Any]:
@@ -98,18 +99,17 @@ def test_what_is_sent_for_a_token_is_what_arithmetic_says(folders: list[Path], k
     assert (carried[1] - carried[0]) / 20 == pytest.approx(expected, abs=64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "slots"), [*((kind, None) for kind in KINDS), ("expert", 1), ("pipeline", 2)])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.long
-def test_four_ranks_say_what_one_process_says(
-    folders: list[Path], deeper: list[Path], kind: str, tmp_path: Path
+def test_as_many_ranks_say_what_one_process_says(
+    deeper: list[Path], size: int, kind: str, slots: int | None, tmp_path: Path
 ) -> None:
-    agrees(4, deeper if kind == "pipeline" else folders, tmp_path, kind)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.long
-def test_long_prompts_are_read_as_by_one_process(folders: list[Path], kind: str, tmp_path: Path) -> None:
-    agrees(2, folders, tmp_path, kind, [{"tokens": 3000, "batch": 1}])
+    cases = [{"tokens": tokens, "batch": batch} for tokens in (1, 600, 3000) for batch in (1, 4)]
+    for folder, said in zip(deeper, agrees(size, deeper, tmp_path, kind, cases, slots=slots), strict=True):
+        whole = sum(tensor.nbytes for tensor in Checkpoint.open(folder).tensors if not (slots and tensor.is_experts))
+        assert sum(rank["held_bytes"] for rank in said) <= 1.03 * whole or slots
+        assert whole <= sum(rank["read_bytes"] for rank in said) <= 1.03 * Checkpoint.open(folder).nbytes
 
 
 @pytest.mark.parametrize("kind", EXPERT_FIRST[:2])
@@ -125,7 +125,7 @@ def test_ranks_that_stream_say_what_one_process_says(folders: list[Path], kind: 
 def test_uneven_ranks_say_what_one_process_says(
     folders: list[Path], deeper: list[Path], kind: str, tmp_path: Path
 ) -> None:
-    some = deeper if kind == "pipeline" else folders[1:]
+    some = (deeper if kind == "pipeline" else folders)[1:]
     (said,) = agrees(2, some, tmp_path, kind, CASES[:1], weights=[75, 25])
     assert said[0]["held_bytes"] > 2 * said[1]["held_bytes"]
 

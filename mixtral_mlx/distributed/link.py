@@ -1,8 +1,8 @@
 """What ranks say to each other beside their sums: who they are, what is to be done next, and that they are alive.
 
-Every rank has a TCP connection to rank 0 and to its neighbours in the ring, made before MLX's own, at the addresses
-that MLX's ring will use: there is no other port to choose or to open, and a link that is cut is noticed by those at its
-ends. Knows nothing of models. Messages are lines of JSON."""
+Every rank has a TCP connection to rank 0, and in a ring to its neighbours, made before MLX's own, at the addresses that
+MLX will use: there is no other port to choose or to open, and a link that is cut is noticed by those at its ends. Knows
+nothing of models. Messages are lines of JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 from .split import DistributedError
 
@@ -28,37 +28,46 @@ _REFUSE_S = 3.0  # Ranks that come so late are still told that all was refused.
 _RETRY_S = 0.1
 _MOST_MESSAGE_BYTES = 64 << 20
 
+_COORDINATOR = "MLX_JACCL_COORDINATOR"
+
 Message = dict[str, Any]
+Backend = Literal["ring", "jaccl"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this process is, and every rank's address in the ring."""
+    """Which rank this process is, of how many, by which of MLX's backends they are joined, and where ranks are reached:
+    all of them in a ring, with jaccl rank 0 alone."""
 
     rank: int
+    size: int
     addresses: tuple[tuple[str, int], ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.addresses)
+    backend: Backend = "ring"
 
     @classmethod
     def find(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
         """As `mlx.launch` says; None where it did not start this process, or only this one."""
         if "MLX_RANK" not in environment:
             return None
-        path = environment.get("MLX_HOSTFILE")
+        backend: Backend = "jaccl" if _COORDINATOR in environment else "ring"
+        variable = "MLX_IBV_DEVICES" if backend == "jaccl" else "MLX_HOSTFILE"
+        path = environment.get(variable)
         if not path:
             raise DistributedError(
-                "MLX_RANK is set and MLX_HOSTFILE is not.", code="bad_hostfile", hint="Use mlx.launch --backend ring."
+                f"MLX_RANK is set and {variable} is not.",
+                code="bad_hostfile",
+                hint="Use mlx.launch --backend ring, or jaccl.",
             )
         try:
             with open(path) as file:
                 hosts = json.load(file)
-            addresses = tuple(_address(host[0]) for host in hosts)
-            place = cls(int(environment["MLX_RANK"]), addresses)
+            first = [[environment[_COORDINATOR]]] if backend == "jaccl" else hosts
+            addresses = tuple(_address(host[0]) for host in first)
+            place = cls(int(environment["MLX_RANK"]), len(hosts), addresses, backend)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DistributedError(f"{path} is no hostfile of a ring ({error}).", code="bad_hostfile") from None
+            raise DistributedError(
+                f"{path} is not what mlx.launch writes for a {backend} ({error}).", code="bad_hostfile"
+            ) from None
         if not 0 <= place.rank < place.size:
             raise DistributedError(
                 f"This is rank {place.rank} and {path} has {place.size} hosts.",
@@ -69,12 +78,14 @@ class Place:
 
 
 def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
+    host, _, port = str(text).rpartition(":")
+    if not host:
+        raise ValueError(f"{text!r} is no address")
     return host, int(port)
 
 
 class Link:
-    """This rank's connections: rank 0 has one to each other rank, the others to rank 0 and to their neighbours.
+    """This rank's connections: rank 0 has one to each other rank, the others to rank 0 and in a ring to neighbours.
 
     Made by `meet`. `on_lost` is called once, on a thread of the link's, with what befell another rank."""
 
@@ -339,6 +350,8 @@ def _refuse(listener: socket.socket, waiting: list[socket.socket], others: int, 
 
 def _asking(place: Place, hello: Message, deadline: float) -> Link:
     rank, last = place.rank, place.size - 1
+    if place.backend != "ring":
+        return Link(place, {0: _asked(place, 0, hello, deadline)})
     # Before rank 0 has been asked, since the rank before this one comes as soon as rank 0 has answered.
     listener = _listening(place.addresses[rank]) if rank > 1 else None
     found = {0: _asked(place, 0, hello, deadline)}

@@ -226,24 +226,25 @@ def budgets(link: Link, loading: Loading) -> tuple[float, ...]:
 
 
 def _group(link: Link, place: Place) -> mx.distributed.Group:
-    """MLX's ring, which waits for ever for a rank that does not come."""
+    """MLX's own connections, which wait for ever for a rank that does not come."""
+    what = f"MLX's {place.backend} has not come together"
     met = threading.Event()
 
     def watch() -> None:
         if not met.wait(START_S):
             link.lose(
                 DistributedError(
-                    "MLX's ring has not closed.",
+                    f"{what}.",
                     code="rank_missing",
-                    hint="Every machine must reach the next one in the hostfile, at the address given there.",
+                    hint="Every machine must reach the next one in the hostfile, in the way given there.",
                 )
             )
 
-    threading.Thread(target=watch, name="mixtral-ring", daemon=True).start()
+    threading.Thread(target=watch, name="mixtral-meet", daemon=True).start()
     try:
-        group = mx.distributed.init(strict=True, backend="ring")
+        group = mx.distributed.init(strict=True, backend=place.backend)
     except RuntimeError as error:
-        broken = DistributedError(f"MLX's ring has not closed: {error}", code="rank_missing")
+        broken = DistributedError(f"{what}: {error}", code="rank_missing")
         link.lose(broken)
         raise broken from None
     finally:
