@@ -93,7 +93,7 @@ class _Terminal:
             if outcome.answer:
                 self._answer()
         except MixtralError as error:
-            complain(error)
+            _complain(error, self.session)
             print(file=sys.stderr, flush=True)
             return False
         return outcome.leave
@@ -143,9 +143,15 @@ def _talk_in_pipe(session: Session, *, one: bool) -> int:
         except EOFError:
             break
         except MixtralError as error:
-            complain(error)
+            _complain(error, session)
             failed = True
     return int(failed)
+
+
+def _complain(error: MixtralError, session: Session) -> None:
+    """Say what went wrong; that a machine was lost is said by whoever noticed it."""
+    if error is not session.ready.engine.lost:
+        complain(error)
 
 
 def _decoded(data: bytes) -> str:

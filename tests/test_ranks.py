@@ -237,6 +237,30 @@ def test_chat_says_over_two_ranks_what_it_says_alone(tmp_path: Path) -> None:
     assert follower.returncode == 0
 
 
+@pytest.mark.long
+def test_a_chat_says_once_that_a_rank_was_lost(tmp_path: Path) -> None:
+    hosts = ranks.hostfile(tmp_path, 2)
+    chat = ["-m", "mixtral_mlx", "chat", "--quiet"]
+    (follower,) = ranks.started(chat, hosts, [1])
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    lead = subprocess.Popen([sys.executable, *chat], env=ranks.environment(0, hosts), text=True, **pipes)
+    try:
+        assert lead.stdin
+        assert lead.stdout
+        lead.stdin.write("Hello\n")
+        lead.stdin.flush()
+        assert lead.stdout.readline()
+        os.kill(follower.pid, signal.SIGSTOP)
+        _, error = lead.communicate("Hello\n", timeout=WITHIN_S)
+        assert lead.returncode == 1
+        assert error.count("error[") == 1
+        assert "error[rank_lost]: Rank 1 has not been heard of" in error
+    finally:
+        for process in (lead, follower):
+            process.kill()
+            process.communicate()
+
+
 def test_two_ranks_serve_and_end_together(tmp_path: Path) -> None:
     serve = ["-m", "mixtral_mlx", "serve", "--model", "demo", "--port", "0", "--quiet", "--parallel", "expert"]
     with running(serve, [ranks.hostfile(tmp_path, 2)] * 2) as processes:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 import mlx.core as mx
 
 from ..budget import Plan, in_gb, parse_size
-from ..config import Config
+from ..config import Config, MixtralError
 from ..generate import GenerateError, Sampling, check_kv_bits, room_after
 from ..memory import CRITICAL, NORMAL, WARNING, Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
@@ -321,6 +321,11 @@ class Engine:
         """What is in memory, and how; None while nothing is. To be looked at only: its arrays are the engine's."""
         opened = self._worker.opened
         return opened.loaded if opened else None
+
+    @property
+    def lost(self) -> MixtralError | None:
+        """What ended everything for good: the loss of another machine that had a share of the model."""
+        return self._worker.lost
 
     @property
     def context(self) -> int:

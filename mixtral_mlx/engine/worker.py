@@ -129,7 +129,7 @@ class Worker:
         self._calls_between: deque[tuple[Callable[[], object], list[Answering]]] = deque()
         self._closing = False
         self._unload_when_idle = False
-        self._lost: MixtralError | None = None
+        self.lost: MixtralError | None = None
         self._running: list[Answering] = []
         self._ahead: _Launched | None = None
         self._last_pass_end = 0.0
@@ -159,7 +159,7 @@ class Worker:
         """Have requests answered, all of them or none; raises `EngineError` where they cannot even wait."""
         with self._changed:
             if self._closing:
-                raise self._lost or _closed()
+                raise self.lost or _closed()
             if len(self._waiting) + len(answerings) > self.limits.max_queue:
                 raise EngineError(
                     f"{len(self._waiting)} requests wait already, and no more than {self.limits.max_queue} may.",
@@ -212,7 +212,7 @@ class Worker:
     def lose(self, error: MixtralError) -> None:
         """Nothing can be computed any more, and the thread may never come back: end all there is with `error`."""
         with self._changed:
-            self._lost, self._closing = error, True
+            self.lost, self._closing = error, True
             those = [*self._running, *self._waiting]
             self._changed.notify_all()
         for answering in those:
