@@ -59,10 +59,12 @@ def deeper(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def agrees(size: int, folders: list[Path], where: Path, kind: str, cases: Any = CASES, **job: Any) -> list[Any]:
+def agrees(
+    size: int, folders: list[Path], where: Path, kind: str, cases: Any = CASES, *, timeout_s: float = 170, **job: Any
+) -> list[Any]:
     """Run cases on so many ranks and in one process: the same tokens and logits. What the ranks said of each folder."""
     asked = {"folders": [str(folder) for folder in folders], "logits": str(where / "logits"), "kind": kind, **job}
-    out = ranks.run([*WORKER, json.dumps({**asked, "cases": cases})], size, where, timeout_s=170)
+    out = ranks.run([*WORKER, json.dumps({**asked, "cases": cases})], size, where, timeout_s=timeout_s)
     answers = list(zip(*map(json.loads, out), strict=True))
     for folder, said in zip(folders, answers, strict=True):
         for n, case in enumerate(cases):
@@ -106,7 +108,8 @@ def test_as_many_ranks_say_what_one_process_says(
     deeper: list[Path], size: int, kind: str, slots: int | None, tmp_path: Path
 ) -> None:
     cases = [{"tokens": tokens, "batch": batch} for tokens in (1, 600, 3000) for batch in (1, 4)]
-    for folder, said in zip(deeper, agrees(size, deeper, tmp_path, kind, cases, slots=slots), strict=True):
+    answers = agrees(size, deeper, tmp_path, kind, cases, timeout_s=600, slots=slots)
+    for folder, said in zip(deeper, answers, strict=True):
         whole = sum(tensor.nbytes for tensor in Checkpoint.open(folder).tensors if not (slots and tensor.is_experts))
         assert sum(rank["held_bytes"] for rank in said) <= 1.03 * whole or slots
         assert whole <= sum(rank["read_bytes"] for rank in said) <= 1.03 * Checkpoint.open(folder).nbytes
