@@ -156,6 +156,18 @@ def test_a_slow_link_is_best_used_least_and_slow_memory_best_shared() -> None:
     assert two_macs("40Gb/s,0.01ms", slow)[0] == "tensor"
 
 
+def test_of_splits_that_are_about_as_fast_the_one_that_waits_least_is_named() -> None:
+    hosts = [Host("a Mac", 80 << 30, Speeds(3e9, 100e9, 1e12))] * 2
+    for latency_us in range(0, 2000, 10):
+        found = outlooks(KNOWN["8x7B"], "8x7B", hosts, parse_wire(f"10Gb/s,{latency_us / 1000}ms"))
+        speeds = {outlook.kind: outlook.decode_tps or 0 for outlook in found}
+        is_worth_it = speeds["tensor"] > 1.1 * speeds["pipeline"]
+        assert found[0].kind == ("tensor" if is_worth_it else "pipeline")
+        if speeds["pipeline"] < speeds["tensor"] and not is_worth_it:
+            return
+    pytest.fail("no latency made them about as fast")
+
+
 @pytest.mark.parametrize("text", ["fast", "10Gb/s", "0Gb/s,1ms", "10Gb/s,1s", "-1Gb/s,1ms"])
 def test_links_that_cannot_be_are_refused(text: str) -> None:
     with pytest.raises(DistributedError, match=r"expected something like 10Gb/s,0\.3ms"):
