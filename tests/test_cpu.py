@@ -296,6 +296,7 @@ def test_what_is_compiled_is_kept_by_the_state_of_the_sources(tmp_path: Path) ->
     assert int(count) == 1
 
 
+@pytest.mark.long
 def test_kernels_just_compiled_give_the_bits_of_kernels_that_were_kept(tmp_path: Path) -> None:
     script = (
         "import hashlib, mlx.core as mx, mlx.nn as nn, numpy as np\n"

@@ -137,7 +137,7 @@ JOB = json.dumps({"kind": "pipeline"})
     [
         (signal.SIGKILL, 0),
         (signal.SIGKILL, 1),
-        (signal.SIGSTOP, 1),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.long),
         pytest.param(signal.SIGSTOP, 0, marks=pytest.mark.long),
     ],
 )
