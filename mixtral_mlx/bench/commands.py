@@ -79,9 +79,8 @@ def bench(request: Request, *, quiet: bool) -> Answer:
         check_writable(path)
     folder = locate(request.model, offline=request.offline)
     checkpoint = Checkpoint.open(folder)
-    if (
-        request.memory is not None and request.ranks == 1
-    ):  # Refused now rather than by a worker, after the limits were measured.
+    if request.memory is not None and request.ranks == 1:
+        # Refused now rather than by a worker, after the limits were measured.
         fit(footprint(checkpoint, *dtypes_for(request.dtype, checkpoint)), request.memory)
     if request.ranks > 1:
         sides = [shared(folder, request.dtype, request.memory, request.ranks, request.sharing)]
