@@ -328,6 +328,7 @@ def test_threads_are_started_without_changing_the_environment() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the same vectors are everybody's elsewhere")
 def test_processors_with_narrower_vectors_compute_the_same() -> None:
     narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt"}

@@ -225,6 +225,7 @@ def test_generate_says_over_two_ranks_what_it_says_alone(tmp_path: Path) -> None
     assert follower == ""
 
 
+@pytest.mark.long
 def test_chat_says_over_two_ranks_what_it_says_alone(tmp_path: Path) -> None:
     chat = [sys.executable, "-m", "mixtral_mlx", "chat", "--quiet"]
     how: dict[str, Any] = {"input": "Hello\n", "capture_output": True, "text": True, "check": True, "timeout": 100}
