@@ -189,6 +189,7 @@ class _Peer:
         connection.settimeout(BEAT_S)
 
     def start(self) -> None:
+        """Begin to listen, and to say that this rank is alive."""
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name="mixtral-link", daemon=True).start()
 

@@ -55,7 +55,7 @@ class Notes:
         self.operations: deque[Operation] = deque()
 
     def fill(self, caches: Sequence[Any], batch: int, length: int) -> None:
-        """New caches are being filled with what nobody reads, and the other ranks' are to be as long."""
+        """New caches are being filled with values that do not matter, and the other ranks' are to be as long."""
         self.operations.append(["fill", self._id(caches[0]), batch, length])
 
     def of_pass(self, inputs: mx.array, caches: Sequence[Any] | None) -> dict[str, Any]:
