@@ -71,6 +71,8 @@ class Visit:
             self.complaints.append(f"{kind}: {text}")
 
     def ask(self, text: str) -> None:
+        """Send a message, as soon as no reply is being written."""
+        expect(self.button("Stop")).to_be_hidden()
         self.message.fill(text)
         self.message.press("Enter")
 
@@ -568,6 +570,7 @@ def test_full_storage_is_said_and_the_conversation_goes_on(visit: Callable[..., 
         "() => Object.keys(localStorage).filter(k => k[0] === 'x').forEach(k => localStorage.removeItem(k))"
     )
     chat.ask("Two")
+    expect(chat.replies.nth(1).locator(".body")).to_have_text("Reply 2.")
     expect(chat.page.locator("#notice")).to_be_hidden()
     chat.page.reload()
     assert chat.texts == ["One", "Reply 1.", "Two", "Reply 2."]
