@@ -138,29 +138,32 @@ def pressure(system: System = System()) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that can be given up, and taken back. Both say whether there was anything to do."""
+    """One thing that can be given up, and taken back if it has `restore`. Both say whether there was anything to do."""
 
     name: str
     relieve: Callable[[], bool]
-    restore: Callable[[], bool]
+    restore: Callable[[], bool] | None = None
 
 
 class Relief:
     """What is done when memory runs short, the cheapest step first; undone one at a time when it has been calm.
 
     The running loop calls `check` as often as it likes: the system is asked once a second at most. Each time a step has
-    to be taken again soon after it was undone, the calm that is waited for doubles, so that it does not swing."""
+    to be taken again soon after it was undone, the calm that is waited for doubles, so that it does not swing. `clear`
+    gives up what fills again by itself, is done whenever memory is short, and counts as no step."""
 
     def __init__(
         self,
         steps: Sequence[Step],
         *,
+        clear: Callable[[], object] = lambda: None,
         pressure: Callable[[], int] = pressure,
         clock: Callable[[], float] = time.monotonic,
         calm_s: float = 30.0,
     ) -> None:
         self.steps = steps
         self.taken: list[Step] = []
+        self._clear = clear
         self._pressure = pressure
         self._clock = clock
         self._calm_s = self._wait_s = calm_s
@@ -192,8 +195,10 @@ class Relief:
         names: list[str] = []
         for step in self.steps:
             if len(names) < at_most and step.relieve():
-                self.taken.append(step)
+                if step.restore:
+                    self.taken.append(step)
                 names.append(step.name)
+        self._clear()  # Last, since what was given up may only have become free.
         return names
 
     def _undo(self, now: float) -> list[str]:
@@ -203,7 +208,7 @@ class Relief:
             return []
         while self.taken:
             step = self.taken.pop()
-            if step.restore():
+            if step.restore and step.restore():
                 self._calm_since = self._undone = now
                 return [f"-{step.name}"]
         return []

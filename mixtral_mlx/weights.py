@@ -31,7 +31,7 @@ from mlx.utils import tree_flatten
 from . import cpu
 from .budget import Footprint, Plan, fit
 from .config import Config, MixtralError, TensorSpec, exists, parse_json, read_json, shown
-from .memory import Relief, Step, activation_dtype, allocation_streams, default_budget, machine
+from .memory import Relief, Step, activation_dtype, allocation_streams, default_budget, machine, pressure
 
 if TYPE_CHECKING:
     from .experts import StackedTensor, Streaming
@@ -262,8 +262,7 @@ def load(
     plan = memory if isinstance(memory, Plan) else _plan(checkpoint, target, cast_to, memory, context, kv_bits)
     if share:
         share.check(plan)
-    if memory is not None or plan.mode == "streamed":
-        mx.set_cache_limit(plan.cache_limit_bytes)
+    mx.set_cache_limit(plan.cache_limit_bytes)
     tensors = [tensor for tensor in checkpoint.tensors if plan.mode == "resident" or not tensor.is_experts]
     slots_bytes = plan.parts["experts"] if plan.mode == "streamed" else 0
     reader = _Reader(sum(tensor.nbytes for tensor in tensors) + slots_bytes, on_progress, cancelled)
@@ -324,17 +323,10 @@ def _plan(
     return fit(asked, default_budget(machine(ask_metal=True)) if memory is None else memory, context=context)
 
 
-def relief(streaming: Streaming | None, *between: Step) -> Relief:
+def relief(streaming: Streaming | None, *between: Step, pressure: Callable[[], int] = pressure) -> Relief:
     """What is given up when the machine runs short of memory: MLX's cache, what is `between`, then expert slots."""
-    clear = Step("MLX's cache", _clear_cache, lambda: False)
     slots = [Step("a slot per layer", streaming.give_up, streaming.take_back)] if streaming else []
-    return Relief([clear, *between, *slots])
-
-
-def _clear_cache() -> bool:
-    held = mx.get_cache_memory()
-    mx.clear_cache()
-    return held > 0
+    return Relief([*between, *slots], clear=mx.clear_cache, pressure=pressure)
 
 
 def stored_experts(checkpoint: Checkpoint, dtype: str | None) -> list[list[StackedTensor]]:

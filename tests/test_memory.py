@@ -235,6 +235,24 @@ def test_a_thing_that_cannot_come_back_does_not_hold_up_the_others() -> None:
     assert play.after(30, NORMAL) == ["-cache"]
 
 
+def test_what_fills_again_by_itself_is_cleared_each_time_and_never_instead_of_a_step() -> None:
+    cleared: list[int] = []
+    slots = [2]
+
+    def give_up() -> bool:
+        slots[0] -= slots[0] > 0
+        return slots[0] > 0
+
+    seconds = iter(range(100))
+    steps = [Step("slots", give_up)]
+    relief = Relief(
+        steps, clear=lambda: cleared.append(slots[0]), pressure=lambda: WARNING, clock=lambda: next(seconds)
+    )
+    assert [relief.check() for _ in range(3)] == [["slots"], [], []]
+    assert cleared == [1, 0, 0]  # After the step, whose memory is only free then.
+    assert relief.taken == []  # What cannot come back is not waited for.
+
+
 def test_the_system_is_asked_once_a_second_at_most() -> None:
     play = Play(cache=1)
     for _ in range(100):

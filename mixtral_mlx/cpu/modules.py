@@ -216,9 +216,11 @@ class StreamedExperts(Experts, streamed.StreamedExperts):
     def outputs(self, x: Floats, chosen: Indices, per_token: int) -> tuple[Floats, Indices]:
         """x (N, D), chosen (N · K,) → the experts' outputs (N · K, D), and where each is."""
         stream, pool = self.stream, self.stream.pool
+        stream.begin()
         out = np.empty((len(chosen), x.shape[-1]), np.float32)
         guessed = [
-            _Rows.of(x * np.asarray(guess.ratio)).times(guess.gate)[: len(x)] for guess in stream.guesses_for(len(x))
+            (guess, _Rows.of(x * np.asarray(guess.ratio)).times(guess.gate)[: len(x)])
+            for guess in stream.guesses_for(len(x))
         ]
         for which in stream.waves(chosen.reshape(-1, per_token), guessed):
             plan = products.plan(np.take(pool.slot_of, chosen[which]), pool.num_slots, 1)

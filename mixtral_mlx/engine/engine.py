@@ -515,8 +515,7 @@ class _Opener:
         if draft and memory is how.memory:
             kv_bytes -= draft.nbytes  # A plan that was given knows of no draft.
         self.prefixes.most_bytes = kv_bytes if how.prefix_bytes is None else min(kv_bytes, how.prefix_bytes)
-        drop = Step("kept prompts", self.prefixes.clear, lambda: False)
-        eased = relief(loaded.streaming, drop)
+        eased = relief(loaded.streaming, Step("kept prompts", self.prefixes.clear))
         if loaded.streaming:
             loaded.streaming.before_step = eased.check
         chunk = min(plan.chunk_tokens, _CHUNK_TOKENS) if resident else plan.chunk_tokens

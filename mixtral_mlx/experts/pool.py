@@ -67,13 +67,17 @@ class Statistics:
 class Pool:
     """S slots of a layer, in MLX's memory: `arrays` has a stack (S, ..) for each of the experts' tensors.
 
-    With as many slots as experts each expert has its own, and once all are read nothing ever happens here again."""
+    With as many slots as experts each expert has its own, and once all are read no more reading is done.
+
+    `unevaluated`, which all layers share, is what was computed from slots, perhaps not yet: it is evaluated before any
+    of them is overwritten, and let go of as soon as the next layer asks, whose question hangs on it anyway."""
 
     tensors: Sequence[StackedTensor]
     num_slots: int
     usage: Usage
     readers: Readers
     statistics: Statistics
+    unevaluated: list[mx.array] = field(default_factory=list)
     arrays: dict[str, mx.array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,8 +85,6 @@ class Pool:
         self.loads: dict[int, Load] = {}
         self.guessed: set[int] = set()
         """Experts whose reading began on a guess and that nobody has asked for yet."""
-        self.unevaluated: list[mx.array] = []
-        """What was computed from slots, perhaps not yet: evaluated before one of them is overwritten."""
         self.table: mx.array | None = None
         """`slot_of` for MLX, made when it is first asked for after a change."""
         self._rearrange(self.num_slots, {})
@@ -106,6 +108,7 @@ class Pool:
         than slots, each has a wave of its own, the least wanted first, while the next one is read: so each is read
         once at most, and what is wanted most is there at the end, in all slots but two. Raises `ExpertsError`, also
         from a wave."""
+        self._evaluate()
         self._settle(quietly=True)  # What failed for an earlier step may be there now.
         self._count(needed)
         for expert in [expert for expert in self.loads if expert not in needed]:

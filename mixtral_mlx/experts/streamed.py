@@ -94,7 +94,7 @@ class Guess:
 class Stream:
     """What a layer streams with: its slots, `guesses` about the layers that follow, and those `about` it.
 
-    `begin` is called before each step."""
+    `begin` is called before the layer does anything in a step."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -104,15 +104,14 @@ class Stream:
 
     def guesses_for(self, tokens: int) -> list[Guess]:
         """The guesses that are worth their while for so many tokens."""
-        return self.guesses if tokens <= _FEW_TOKENS else []
+        return [guess for guess in self.guesses if not guess.pool.is_whole] if tokens <= _FEW_TOKENS else []
 
     def waves(
-        self, chosen: np.ndarray[Any, Any], guessed: Sequence[np.ndarray[Any, Any]]
+        self, chosen: np.ndarray[Any, Any], guessed: Sequence[tuple[Guess, np.ndarray[Any, Any]]]
     ) -> Iterator[np.ndarray[Any, Any]]:
         """Places in `chosen` (N, K) that can be answered, as flat indices, wave after wave.
 
-        `guessed` are the logits of the guesses for so many tokens."""
-        self.begin()
+        `guessed` are guesses for so many tokens and their logits."""
         needed = np.unique(chosen).tolist()
         for guess in self.about:
             guess.learn(needed)
@@ -122,7 +121,7 @@ class Stream:
             self.pool.usage.add_prompt(chosen)
         waves = self.pool.ask(needed)
         # Queued after what this step needs, and before anybody waits for that.
-        for n, (guess, logits) in enumerate(zip(self.guesses, guessed, strict=False)):
+        for n, (guess, logits) in enumerate(guessed):
             if n and self.pool.readers.queued_bytes >= _ENOUGH * self.pool.expert_bytes:
                 break  # The disk has enough to do until the next layer asks, which knows better what comes then.
             guess.act(logits)
@@ -136,16 +135,19 @@ class StreamedExperts(SwitchGLU):
     stream: Stream
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        pool = self.stream.pool
-        if pool.is_whole:
-            return super().__call__(x, indices)
+        stream, pool = self.stream, self.stream.pool
+        stream.begin()
         rows, per_token = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-        guessed = [guess.logits(rows) for guess in self.stream.guesses_for(len(rows))]
+        guesses = stream.guesses_for(len(rows))
+        if pool.is_whole and not guesses:
+            return super().__call__(x, indices)
+        logits = [guess.logits(rows) for guess in guesses]
         # Routing must reach the CPU before we know which experts to read: the one sync per layer.
-        mx.eval(rows, indices, *guessed)
+        mx.eval(rows, indices, *logits)
         chosen = np.array(indices).reshape(-1)
         outputs, order = [], []
-        for which in self.stream.waves(chosen.reshape(-1, per_token), [np.array(logits) for logits in guessed]):
+        guessed = list(zip(guesses, map(np.array, logits), strict=True))
+        for which in stream.waves(chosen.reshape(-1, per_token), guessed):
             which = which[np.argsort(np.array(pool.slot_of)[chosen[which]], kind="stable")]
             outputs.append(self._answer(rows[mx.array(which // per_token)], mx.array(chosen[which])))
             mx.async_eval(outputs[-1])

@@ -49,8 +49,10 @@ class Streaming:
         self.before_step: Callable[[], object] = lambda: None
         self.wanted = tuple(slots)
         self.pools: list[Pool] = []
+        unevaluated: list[mx.array] = []
         for tensors, count in zip(stored, slots, strict=True):
-            self.pools.append(Pool(tensors, count, Usage(len(tensors[0].places)), self.readers, self._counts))
+            usage = Usage(len(tensors[0].places))
+            self.pools.append(Pool(tensors, count, usage, self.readers, self._counts, unevaluated))
             on_slots(sum(array.nbytes for array in self.pools[-1].arrays.values()))
 
     def experts(self, config: Config, layer: int) -> SwitchGLU:
