@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -33,9 +34,10 @@ from mixtral_mlx.experts.pool import Pool, StackedTensor, Statistics
 from mixtral_mlx.experts.readers import Load, Piece, Readers
 from mixtral_mlx.experts.usage import Usage
 from mixtral_mlx.generate import Conversation, Sampling, stream_generate
+from mixtral_mlx.memory import NORMAL, WARNING
 from mixtral_mlx.model import Model
 from mixtral_mlx.prompt import Tokenizer
-from mixtral_mlx.weights import Loaded, load
+from mixtral_mlx.weights import Loaded, load, relief
 
 from .checkpoints import TINY, random_model, streamed, unstacked, write_tiny, write_weights
 
@@ -132,6 +134,60 @@ def test_streamed_equals_resident_after_5000_tokens_in_chunks(folder: Path) -> N
     expected = answers(load(folder).model, ids)
     with streamed(folder, 3) as loaded:
         assert same(answers(loaded.model, ids), expected)
+
+
+@pytest.mark.usefixtures("way")
+def test_no_more_than_a_layers_outputs_are_held_after_a_prompt(folder: Path) -> None:
+    ids = prompt(256)
+    with streamed(folder, 3) as loaded:
+        mx.eval(loaded.model(mx.array(ids)))
+        assert loaded.streaming
+        held = {id(array): array.nbytes for pool in loaded.streaming.pools for array in pool.unevaluated}
+        assert sum(held.values()) <= ids.size * SMALL.num_experts_per_tok * SMALL.hidden_size * 4
+
+
+@pytest.mark.parametrize("slots", [3, (8, 3, 3), 8])
+@pytest.mark.usefixtures("way")
+def test_slots_may_be_given_up_before_every_step(folder: Path, slots: Any) -> None:
+    with streamed(folder, slots) as loaded:
+        assert loaded.streaming
+        steps: list[int] = []
+        loaded.streaming.before_step = lambda: steps.append(0)
+        answers(loaded.model, prompt(64), 5)
+        assert len(steps) == 6
+
+
+@pytest.mark.usefixtures("way")
+def test_a_lasting_warning_takes_a_slot_of_each_layer_each_second_while_tokens_are_made(folder: Path) -> None:
+    level = [WARNING]
+    with streamed(folder, 4) as loaded:
+        assert loaded.streaming
+        eased = relief(loaded.streaming, pressure=lambda: level[0])
+        seconds = iter(range(0, 10**6, 31))
+        eased._clock = lambda: next(seconds)
+        loaded.streaming.before_step = eased.check
+        ids = prompt(9)
+        expected, slots = answers(load(folder).model, ids, 6), []
+        cache = make_prompt_cache(loaded.model)
+        assert same(answers(loaded.model, ids, 2, cache), expected[:3])
+        slots.append(loaded.streaming.slots)
+        level[0] = NORMAL
+        assert same(answers(loaded.model, ids, 6), expected)
+        slots.append(loaded.streaming.slots)
+    assert slots == [(1, 1, 1), (4, 4, 4)]
+
+
+@pytest.mark.usefixtures("way")
+def test_experts_are_guessed_from_a_layer_that_has_all_of_its_own(folder: Path) -> None:
+    with streamed(folder, (8, 3, 3), layers_ahead=1) as loaded:
+        assert loaded.streaming
+        answers(loaded.model, prompt(64), 1)
+        first, second = loaded.streaming.layers[:2]
+        assert first.stream.pool.is_whole
+        asked: list[int] = []
+        second.stream.pool.read_ahead = lambda guessed: asked.append(len(guessed))  # type: ignore[method-assign]
+        answers(loaded.model, prompt(1), 3)
+        assert len(asked) == 4
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -497,6 +553,22 @@ def test_what_is_waited_for_is_read_before_what_is_guessed(one_reader: Readers) 
     assert one_reader.bytes_read == 20
 
 
+def test_a_load_is_not_done_while_its_last_part_is_on_its_way_to_a_thread(one_reader: Readers) -> None:
+    load = load_of(Disk(), 0)
+    seen: list[bool] = []
+
+    class Watched(deque[Piece]):
+        def popleft(self) -> Piece:
+            part = super().popleft()
+            seen.append(load.is_done)  # Here another thread may look.
+            return part
+
+    load.waiting = Watched(load.waiting)
+    one_reader.start(load)
+    finish(one_reader, load)
+    assert seen == [False]
+
+
 def test_a_guess_that_came_true_no_longer_waits_behind_other_guesses(one_reader: Readers) -> None:
     disk = Disk(is_open=False)
     first, wrong, true = load_of(disk, 0), load_of(disk, 10), load_of(disk, 20)
@@ -576,11 +648,10 @@ def test_readers_may_be_closed_by_one_of_their_own_threads_whatever_it_is_at() -
     readers = Readers()
 
     class Last(Load):
-        @property
-        def is_done(self) -> bool:
+        def __setattr__(self, name: str, value: Any) -> None:
             if threading.current_thread() in readers._threads:
                 readers.close()
-            return super().is_done
+            super().__setattr__(name, value)
 
     readers.start(Last(load_of(Disk(), 0).waiting))
     for thread in readers._threads:

@@ -32,20 +32,18 @@ class Piece(NamedTuple):
 
 
 class Load:
-    """The reading of one expert. `error` is what went wrong, if it did."""
+    """The reading of one expert. `error` is what went wrong, if it did.
+
+    `is_done` says that nothing more will be written to its memory; it may have failed. It is set last of all, so that
+    it may be read without the lock of the `Readers`, to whom the rest belongs."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.waiting = deque(part for piece in pieces for part in _parts(piece))
-        self.left = len(self.waiting)
         self.nbytes = sum(piece.nbytes for piece in pieces)
         self.bytes_read = 0
         self.reading = 0
         self.error: Exception | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing more will be written to its memory; it may have failed."""
-        return self.left == 0 or (self.reading == 0 and not self.waiting)
+        self.is_done = False
 
     @property
     def is_untouched(self) -> bool:
@@ -103,10 +101,8 @@ class Readers:
     def cancel(self, load: Load) -> None:
         """Begin no further part of a load. Its memory is free once it `is_done`."""
         with self._changed:
-            load.waiting.clear()
-            for queue in (self._ahead, self._urgent):
-                if load in queue:
-                    queue.remove(load)
+            self._drop(load)
+            load.is_done = load.reading == 0
 
     def first_done(self, loads: Sequence[Load]) -> None:
         """Wait until one of `loads` is done."""
@@ -169,18 +165,21 @@ class Readers:
             if self._active == 0:
                 self._busy_s += time.perf_counter() - self._since
             load.reading -= 1
-            load.left -= 1
             load.bytes_read += part.nbytes
             self.bytes_read += part.nbytes
             if error:
                 load.error = load.error or error
-                load.waiting.clear()
-                if load in self._urgent:
-                    self._urgent.remove(load)
-                if load in self._ahead:
-                    self._ahead.remove(load)
-            if load.is_done:
+                self._drop(load)
+            if load.reading == 0 and not load.waiting:
+                load.is_done = True
                 self._changed.notify_all()
+
+    def _drop(self, load: Load) -> None:
+        """Begin no further part of it. With the lock held."""
+        load.waiting.clear()
+        for queue in (self._ahead, self._urgent):
+            if load in queue:
+                queue.remove(load)
 
 
 def _read(part: Piece) -> None:
