@@ -360,7 +360,7 @@ def _read_prompt(
             return False
         chunk = prompt[done : min(done + conversation.chunk_tokens, len(prompt) - 1)]
         # Only the cache is asked for: logits are for the last token alone.
-        model.model(mx.array([chunk]), conversation.cache)
+        model.model.read(mx.array([chunk]), conversation.cache)
         mx.eval([layer.state for layer in conversation.cache])
         done += len(chunk)
         conversation.tokens = prompt[:done]

@@ -122,6 +122,10 @@ class Decoder(nn.Module):
         x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings  # (B, T, D)
         return self.norm(self.through(x, cache))
 
+    def read(self, inputs: mx.array, cache: Sequence[Any]) -> None:
+        """Put ids into `cache`, of which nothing else is wanted; what comes of them need not be computed to its end."""
+        self(inputs, cache)
+
     def through(self, x: mx.array, cache: Sequence[Any] | None) -> mx.array:
         """x (B, T, D) through all layers, without the last norm."""
         caches = cache or [None] * len(self.layers)

@@ -31,8 +31,9 @@ def answers(
     model, caches, first = loaded.model, [new_caches(loaded.config, None) for _ in prompts], []
     for prompt, cache in zip(prompts, caches, strict=True):
         for start in range(0, len(prompt), CHUNK):
-            part = batch.Part(prompt[start : start + CHUNK], cache, 1)
-            (logits,) = run(model, [part])
+            is_last = start + CHUNK >= len(prompt)
+            (logits,) = run(model, [batch.Part(prompt[start : start + CHUNK], cache, int(is_last))])
+            mx.eval([layer.state for layer in cache])
         first.append(logits)
     tokens = [[next_token(logits)] for logits in first]
     for _ in range(generated - 1):

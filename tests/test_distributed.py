@@ -101,6 +101,14 @@ def test_what_is_sent_for_a_token_is_what_arithmetic_says(folders: list[Path], k
     assert (carried[1] - carried[0]) / 20 == pytest.approx(expected, abs=64)
 
 
+def test_of_a_prompt_that_is_only_read_a_pipeline_sends_nothing_back(folders: list[Path], tmp_path: Path) -> None:
+    chunk, rest = sharded_worker.CHUNK, 600 - sharded_worker.CHUNK
+    (said,) = agrees(2, folders[:1], tmp_path, "pipeline", [{"tokens": 600, "batch": 1}])
+    sent = [rank["cases"][0]["sent_bytes"] for rank in said]
+    per_token, decoded = 4 * SMALL.hidden_size, sharded_worker.GENERATED - 1
+    assert sent == [(chunk + rest + decoded) * per_token, (rest + decoded) * per_token]
+
+
 @pytest.mark.parametrize(("kind", "slots"), [*((kind, None) for kind in KINDS), ("expert", 1), ("pipeline", 2)])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.long

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Joint:
     """This rank's place among the others, what it has of the experts, and the bytes it has sent to other ranks.
 
-    `passing(inputs, cache)` is entered around each pass: that is how rank 0 tells the others of it."""
+    `passing(inputs, cache, wanted)` is entered around each pass: that is how rank 0 tells the others of it."""
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self.group = group
@@ -33,7 +33,7 @@ class Joint:
         self.all_experts = 0
         self.dtype = mx.float32
         self.sent_bytes = 0.0
-        self.passing: Callable[[mx.array, Sequence[Any] | None], AbstractContextManager[object]] = _untold
+        self.passing: Callable[[mx.array, Sequence[Any] | None, bool], AbstractContextManager[object]] = _untold
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of all ranks' x."""
@@ -53,7 +53,7 @@ class Joint:
         return x
 
 
-def _untold(inputs: mx.array, cache: Sequence[Any] | None) -> AbstractContextManager[object]:
+def _untold(inputs: mx.array, cache: Sequence[Any] | None, wanted: bool) -> AbstractContextManager[object]:
     return nullcontext()
 
 
@@ -137,7 +137,7 @@ class Side(plain.Decoder):
     ) -> mx.array:
         refuse_embeddings(input_embeddings)
         joint = self.joint
-        with joint.passing(inputs, cache):
+        with joint.passing(inputs, cache, True):
             if joint.rank:
                 x = mx.zeros((*inputs.shape, self.width), joint.dtype)
             else:
@@ -157,15 +157,29 @@ class Stage(plain.Decoder):
         self, inputs: mx.array, cache: Sequence[Any] | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         refuse_embeddings(input_embeddings)
-        joint, shape = self.joint, (*inputs.shape, self.width)
-        with joint.passing(inputs, cache):
-            x = joint.handed_on(shape) if joint.rank else self.embed_tokens(inputs)
-            x = self.through(x, cache)
-            joint.hand_on(x.astype(joint.dtype))
+        joint = self.joint
+        with joint.passing(inputs, cache, True):
+            x = self._stage(inputs, cache)
+            joint.hand_on(x)
             if joint.rank:
                 return x
-            x = joint.handed_on(shape)
+            x = joint.handed_on((*inputs.shape, self.width))
         return self.norm(x)
+
+    def read(self, inputs: mx.array, cache: Sequence[Any]) -> None:
+        """Put ids into `cache`. Nothing comes back, so a rank takes up the next chunk while others have this one."""
+        joint = self.joint
+        with joint.passing(inputs, cache, False):
+            x = self._stage(inputs, cache)
+            if joint.rank < joint.size - 1:
+                joint.hand_on(x)
+            else:
+                mx.eval([layer.state for layer in cache])
+
+    def _stage(self, inputs: mx.array, cache: Sequence[Any] | None) -> mx.array:
+        joint = self.joint
+        x = joint.handed_on((*inputs.shape, self.width)) if joint.rank else self.embed_tokens(inputs)
+        return self.through(x, cache).astype(joint.dtype)
 
 
 def refuse_embeddings(embeddings: mx.array | None) -> None:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..budget import Plan
 from ..config import Config, MixtralError
 from ..memory import default_budget, machine
-from ..weights import Checkpoint, Loaded, dtypes_for, load, opened_file, read_into
+from ..weights import Checkpoint, Loaded, dtypes_for, load, opened_file, read_into, relief
 from .layers import Joint
 from .link import START_S, Link, Place, meet
 from .mirror import Mirror, Notes
@@ -77,11 +77,16 @@ class Ranks:
                 cancelled=lambda: self.link.is_over,
                 share=self.part,
             )
-            self.link.tell(_room(loaded.plan, loaded.config.num_hidden_layers, loaded))
+            self.link.tell(_room(loaded))
             mirror = Mirror(loaded.config, getattr(mx, loaded.dtype))
+            eased = relief(None)  # Where experts are streamed, these look by themselves.
             while (told := self.link.hear()) is not None:
                 inputs, caches = mirror.for_pass(told)
-                mx.eval(loaded.model.model(inputs, caches))
+                eased.check()
+                if told["wanted"]:
+                    mx.eval(loaded.model.model(inputs, caches))
+                else:
+                    loaded.model.model.read(inputs, caches)
                 if inputs.size > _MANY_TOKENS:
                     mx.clear_cache()
         except BaseException as error:
@@ -122,10 +127,10 @@ class _Told:
         self._link.on_lost = both
 
     @contextmanager
-    def _passing(self, inputs: mx.array, cache: Sequence[Any] | None) -> Iterator[None]:
+    def _passing(self, inputs: mx.array, cache: Sequence[Any] | None, wanted: bool) -> Iterator[None]:
         if self._link.lost:
             raise self._link.lost
-        self._link.tell(self._notes.of_pass(inputs, cache))
+        self._link.tell({**self._notes.of_pass(inputs, cache), "wanted": wanted})
         try:
             yield
         except BaseException as error:
@@ -149,8 +154,8 @@ def _kv_bytes(plan: Plan) -> int:
     return plan.parts["kv cache"] + spare
 
 
-def _room(plan: Plan, layers: int, loaded: Loaded) -> dict[str, Any]:
-    per_token = max(loaded.config.kv_nbytes_per_token(loaded.dtype), 1)
+def _room(loaded: Loaded) -> dict[str, Any]:
+    plan, per_token = loaded.plan, max(loaded.config.kv_nbytes_per_token(loaded.dtype), 1)
     return {
         "context": plan.context,
         "chunk": plan.chunk_tokens,

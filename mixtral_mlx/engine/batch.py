@@ -39,13 +39,14 @@ def run(model: Model, parts: Sequence[Part]) -> list[mx.array]:
     """One pass: what each part wants, logits (wanted, V) or hidden states (wanted, D), not evaluated yet.
 
     Its ids are in its cache then."""
-    if len(parts) == 1:
-        hidden = model.model(_ids(parts), parts[0].cache)
-    else:
+    caches: Sequence[Any] = parts[0].cache
+    if len(parts) > 1:
         lengths = [len(part.ids) for part in parts]
         caches = [SideBySide(layer, lengths) for layer in zip(*(part.cache for part in parts), strict=True)]
-        hidden = model.model(_ids(parts), caches)
-    return _wanted(model, hidden[0], parts)
+    if not any(part.wanted for part in parts):
+        model.model.read(_ids(parts), caches)
+        return [mx.zeros((0, model.args.vocab_size))] * len(parts)
+    return _wanted(model, model.model(_ids(parts), caches)[0], parts)
 
 
 def _ids(parts: Sequence[Part]) -> mx.array:
@@ -78,6 +79,11 @@ class SideBySide:
     def __init__(self, caches: Sequence[Any], lengths: Sequence[int]) -> None:
         self.caches = caches
         self.bounds = _bounds(lengths)
+
+    @property
+    def state(self) -> list[Any]:
+        """The keys and values of each, as mlx-lm's caches give them."""
+        return [cache.state for cache in self.caches]
 
     def make_mask(self, tokens: int, **how: Any) -> list[Any]:
         """A mask for each sequence, as mlx-lm's caches make them."""
