@@ -51,6 +51,8 @@ def main() -> None:
         forward(asked.forward)
     elif asked.probe:
         {"ask": ask, "echo": echo}[asked.probe]()
+    elif not asked.folders:
+        parser.error("Give at least one checkpoint folder.")
     for folder in asked.folders:
         compare(folder, [parse_wire(text) for text in asked.links], asked.tokens, asked.runs)
 

@@ -190,6 +190,10 @@ class Loaded:
 class Share(Protocol):
     """The part of a model that one of several machines holds, and how it works together with the others."""
 
+    @property
+    def dtype(self) -> str:
+        """What all of them compute in, whatever this one would by itself; auto where that is not said."""
+
     def of(self, checkpoint: Checkpoint) -> Checkpoint:
         """The tensors of this part, and a configuration that describes it."""
 
@@ -246,9 +250,11 @@ def load(
     Face ones. `memory` is what the whole process may use, in bytes, with a cache of `context` tokens in `kv_bits`; None
     is what the machine can spare, a plan is taken as it is. What does not fit is streamed. `cancelled` is asked
     between reads; when it says yes, `WeightsError` with code "cancelled" is raised. With a `share`, only that part of
-    the model is read. Run the model on this thread, with
+    the model is read, and its dtype goes before `dtype`. Run the model on this thread, with
     the context and the prompt chunks of its `plan`: those of `Conversation` may be larger."""
     start = time.perf_counter()
+    if share and share.dtype != "auto":
+        dtype = share.dtype
     if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
     if dtype != "auto" and dtype not in _DTYPE_NAMES.values():

@@ -55,6 +55,8 @@ def main() -> None:
     folder = locate(own.get("model"))
     if version := own.get("version"):
         vars(ranks_module)["__version__"] = version
+    if chip := own.get("chip"):
+        vars(ranks_module)["chip"] = lambda: chip
     weights = own.get("weights")
     loading = Loading(own["kind"], tuple(weights) if weights else None, **own.get("loading", {}))
     with together(folder, loading, place, on_lost=_complain) as ranks:

@@ -13,7 +13,7 @@ import pytest
 
 from mixtral_mlx.distributed import DistributedError
 from mixtral_mlx.distributed.link import Backend, Link, Place, meet
-from mixtral_mlx.distributed.ranks import Loading, budgets
+from mixtral_mlx.distributed.ranks import Loading, agreed
 
 from . import ranks
 
@@ -49,8 +49,27 @@ def test_what_is_said_at_once_is_heard_by_all(size: int, backend: Backend, tmp_p
 
 
 def test_without_a_split_every_rank_learns_what_memory_each_has(tmp_path: Path) -> None:
-    found = met(3, tmp_path, lambda link: budgets(link, Loading(memory=(64, 36, 16)[link.place.rank] << 30)))
-    assert found == [(64 << 30, 36 << 30, 16 << 30)] * 3
+    memory = (64 << 30, 36 << 30, 16 << 30)
+    found = met(3, tmp_path, lambda link: agreed(link, Loading(memory=memory[link.place.rank]), "float16"))
+    assert [loading.weights for loading in found] == [memory] * 3
+    found = met(2, tmp_path, lambda link: agreed(link, Loading(weights=(3.0, 1.0), memory=8), "float16"))
+    assert [loading.weights for loading in found] == [(3.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("own", "all_of_them"),
+    [
+        (("bfloat16", "float16"), "float16"),
+        (("float16", "bfloat16"), "float16"),
+        (("bfloat16", "bfloat16"), "bfloat16"),
+        (("bfloat16", "float32"), "float32"),
+    ],
+)
+def test_chips_that_would_compute_in_different_dtypes_agree_on_one(
+    own: tuple[str, str], all_of_them: str, tmp_path: Path
+) -> None:
+    found = met(2, tmp_path, lambda link: agreed(link, Loading(memory=1), own[link.place.rank]))
+    assert [loading.dtype for loading in found] == [all_of_them] * 2
 
 
 def test_a_rank_that_waits_for_one_that_leaves_is_told(tmp_path: Path) -> None:
@@ -59,7 +78,7 @@ def test_a_rank_that_waits_for_one_that_leaves_is_told(tmp_path: Path) -> None:
             link.close()
             return ""
         with pytest.raises(DistributedError, match="Rank 0 has left") as told:
-            budgets(link, Loading(memory=1))
+            agreed(link, Loading(memory=1), "float32")
         return told.value.code
 
     assert met(2, tmp_path, wait)[1] == "rank_lost"

@@ -85,13 +85,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ({"kind": "expert"}, "split"),
         ({"weights": [64, 36]}, "split"),
         ({"loading": {"context": 100}}, "settings"),
+        ({"loading": {"dtype": "float32"}}, "dtype"),
+        ({"chip": "Apple M9"}, "chip"),
     ],
 )
 def test_ranks_that_differ_are_refused_by_name(
     own: dict[str, Any], name: str, folders: dict[str, str], tmp_path: Path
 ) -> None:
     own = {**own, **({"model": folders[own["model"]]} if "model" in own else {})}
-    job = {"kind": "pipeline", "model": folders["one"], "only": {"1": own}}
+    kind = "expert" if name == "chip" else "pipeline"  # There every chip may route by itself.
+    job = {"kind": kind, "model": folders["one"], "only": {"1": own}}
     with running([*WORKER, json.dumps(job)], [ranks.hostfile(tmp_path, 2)] * 2) as processes:
         for code, _, error in answers(processes, 60):
             assert code == 1

@@ -510,3 +510,9 @@ def test_files_without_metadata_load_as_mlx_writes_them(tmp_path: Path) -> None:
     mx.save_safetensors(str(file), cast(dict[str, mx.array], arrays))
     assert b'"__metadata__":null' in file.read_bytes()[:200_000]
     assert load(tmp_path / "tiny").weights_bytes > 0
+
+
+def test_mlx_keeps_no_more_buffers_than_the_plan_says(tmp_path: Path) -> None:
+    loaded = load(write_tiny(tmp_path / "tiny", SMALL, tokenizer=None))
+    before = mx.set_cache_limit(loaded.plan.cache_limit_bytes)
+    assert before == loaded.plan.cache_limit_bytes

@@ -182,7 +182,7 @@ class Conversion:
         return planned - sum(map(self._size, {*self.journal.sums, *(piece.name for piece in pieces)}))
 
     def _run(self, items: Sequence[Any], work: Callable[[Any], _Item]) -> Iterator[_Item]:
-        """Hand items to the workers, no more at a time than there are workers; yields what comes of each."""
+        """Hand items to the workers, and one more to whoever is done first; yields what comes of each."""
         waiting = iter(items)
         running: set[Future[_Item]] = set()
         try:

@@ -319,6 +319,9 @@ def _accepted(listener: socket.socket, deadline: float) -> tuple[socket.socket, 
         connection.close()
 
 
+_ALIKE = {"chip": "Use --parallel pipeline, where machines of any kind work together."}
+
+
 def _check(mine: Message, theirs: Message, found: Mapping[int, socket.socket]) -> None:
     rank = theirs["rank"]
     for name, value in mine["about"].items():
@@ -327,7 +330,7 @@ def _check(mine: Message, theirs: Message, found: Mapping[int, socket.socket]) -
             raise DistributedError(
                 f"Rank {rank} has the {name} {other[:200]}, and rank 0 has {value[:200]}.",
                 code=f"{name.replace(' ', '_')}_mismatch",
-                hint="Start every rank with the same program, model and options.",
+                hint=_ALIKE.get(name, "Start every rank with the same program, model and options."),
             )
     if rank in found or rank == 0:
         raise DistributedError(f"There are two ranks {rank}.", code="bad_hostfile")

@@ -34,10 +34,11 @@ def shard(folder: str | Path, group: mx.distributed.Group, split: Split, **optio
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a rank in `joint`'s group: a `weights.Share`."""
+    """The part of a rank in `joint`'s group, computed in `dtype`: a `weights.Share`."""
 
     split: Split
     joint: Joint
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.split.size != self.joint.size:

@@ -21,7 +21,7 @@ import mlx.core as mx
 from .. import __version__
 from ..budget import Plan
 from ..config import Config, MixtralError
-from ..memory import default_budget, machine
+from ..memory import chip, default_budget, machine
 from ..weights import Checkpoint, Loaded, dtypes_for, load, opened_file, read_into, relief
 from .layers import Joint
 from .link import START_S, Link, Place, meet
@@ -57,7 +57,8 @@ class Ranks:
         self.folder = folder
         self.link = link
         self.joint = Joint(group)
-        self.part = _Told(Part(split, self.joint), link) if self.joint.rank == 0 else Part(split, self.joint)
+        part = Part(split, self.joint, loading.dtype)
+        self.part = _Told(part, link) if self.joint.rank == 0 else part
         self._loading = loading
 
     @property
@@ -70,7 +71,6 @@ class Ranks:
         try:
             loaded = load(
                 self.folder,
-                dtype=how.dtype,
                 memory=how.memory,
                 context=how.context,
                 kv_bits=how.kv_bits,
@@ -83,10 +83,10 @@ class Ranks:
             while (told := self.link.hear()) is not None:
                 inputs, caches = mirror.for_pass(told)
                 eased.check()
-                if told["wanted"]:
-                    mx.eval(loaded.model.model(inputs, caches))
-                else:
+                if caches and not told["wanted"]:
                     loaded.model.model.read(inputs, caches)
+                else:
+                    mx.eval(loaded.model.model(inputs, caches))
                 if inputs.size > _MANY_TOKENS:
                     mx.clear_cache()
         except BaseException as error:
@@ -103,7 +103,7 @@ class _Told:
         self._link = link
         self._notes = Notes()
         self._room: list[dict[str, Any]] = []
-        self.of, self.shape, self.check = part.of, part.shape, part.check
+        self.dtype, self.of, self.shape, self.check = part.dtype, part.of, part.shape, part.check
         part.joint.passing = self._passing
 
     def join(self, model: Any, dtype: str, plan: Plan) -> Plan:
@@ -206,7 +206,8 @@ def together(
 
     link.on_lost = end
     try:
-        split = Split.of(loading.kind, place.size, loading.weights or budgets(link, loading))
+        loading = agreed(link, loading, dtypes_for(loading.dtype, checkpoint)[0])
+        split = Split.of(loading.kind, place.size, loading.weights)
         yield Ranks(folder, split, loading, link, _group(link, place))
     except MixtralError:
         if link.lost:
@@ -217,17 +218,22 @@ def together(
         link.close()
 
 
-def budgets(link: Link, loading: Loading) -> tuple[float, ...]:
-    """What each rank may use, in bytes: rank 0 is told by all and tells all. Call it on every rank."""
-    own = max(loading.memory or default_budget(machine(ask_metal=True)), 1)
+def agreed(link: Link, loading: Loading, dtype: str) -> Loading:
+    """`loading` with one dtype for all ranks, and weights by memory where it has none. Call it on every rank.
+
+    `dtype` is what this rank would compute in by itself: M1 and M2 have float16 for what is bfloat16 on later chips."""
+    own = {"budget_bytes": loading.memory or default_budget(machine(ask_metal=True)), "dtype": dtype}
     if link.place.rank:
-        link.tell({"budget_bytes": own})
+        link.tell(own)
         if (told := link.hear()) is None:
             raise DistributedError("Rank 0 has left before anything was loaded.", code="rank_lost")
-        return tuple(told["budgets"])
-    each = (own, *(said["budget_bytes"] for said in link.hear_all()))
-    link.tell({"budgets": each})
-    return each
+    else:
+        each = [own, *link.hear_all()]
+        dtypes = {said["dtype"] for said in each}
+        common = dtype if len(dtypes) == 1 else "float32" if "float32" in dtypes else "float16"
+        told = {"budgets": [max(said["budget_bytes"], 1) for said in each], "dtype": common}
+        link.tell(told)
+    return replace(loading, weights=loading.weights or tuple(told["budgets"]), dtype=told["dtype"])
 
 
 def _group(link: Link, place: Place) -> mx.distributed.Group:
@@ -264,13 +270,16 @@ def about(checkpoint: Checkpoint, loading: Loading) -> dict[str, str]:
     packing = config.quantization.to_dict() if config.quantization else {}
     numbers = {name: value for name, value in config.to_dict().items() if not name.startswith("quantization")}
     weights = ", ".join(f"{weight:g}" for weight in loading.weights or ()) or "by memory"
+    # Where every rank routes by itself, all must choose the same experts, so their last digits must be the same.
+    alike = {} if loading.kind == "pipeline" else {"chip": chip()}
     return {
         "version": f"{__version__} with MLX {_mlx_version()}",
         "split": f"{loading.kind} {weights}",
         "settings": f"context {loading.context}, kv_bits {loading.kv_bits}",
-        "dtype": dtypes_for(loading.dtype, checkpoint)[0],
+        "dtype": loading.dtype,
         "recipe": f"{packing.get('bits', 'no')} bits {_digest(packing)}",
         "model": f"{config.name} {_digest(numbers)} {_content(checkpoint)}",
+        **alike,
     }
 
 
