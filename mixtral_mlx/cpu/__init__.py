@@ -6,6 +6,7 @@ MLX's CPU backend is made to be right; with quantized weights it reaches a few p
     modules     drop-ins for MLX's layers and for our decoder layer
     products    rows of x times packed weights, each row with its own experts
     attention   queries over keys and values
+    block       the innermost loop over 4-bit weights, for several rows at once
     unpack      packed weights → floats
     simd        vectors for numba
     jit         how kernels are compiled, and where what was compiled is kept

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import prange
 
+from .block import scaled_block
 from .jit import compiled, entry, inlined, serial_entry
 from .simd import (
     LANES,
@@ -36,6 +37,7 @@ from .unpack import AHEAD, read_scales, unpack
 # A step multiplies ROWS rows of weights by COLUMNS rows of x: as many sums as registers hold beside what is loaded.
 ROWS = 4
 COLUMNS = 2 if LANES == 8 else 4
+PAIR = 2  # Of few rows of x the sums for so many rows of weights, and for all of x, fit into the registers.
 LINE = 16  # floats of a cache line
 # Weights are unpacked so many columns at a time, so that they and the x they meet stay in the first-level cache.
 DEPTH = 1024
@@ -241,7 +243,7 @@ def _few_rows(
     """The same for 2 to COLUMNS rows of x, a block from `start` on: each code is taken from its byte once for all.
 
     Sums are taken in the order of a single row's, so that a row's are the same bits in either company."""
-    columns, group, rows = weights.columns, weights.group, weights.rows
+    packed, columns, group, rows = weights.packed, weights.columns, weights.group, weights.rows
     groups, per_round = columns // group, max(DEPTH // group, 1)
     whole, sums_at = groups - groups % LANES, 2 * ROWS * groups
     for n in range(begin, end, ROWS):
@@ -258,19 +260,14 @@ def _few_rows(
         # A part of x at a time, which stays in the first-level cache for all rows of weights.
         for g in range(0, groups, per_round):
             some = min(per_round, groups - g)
-            for r in range(ROWS):
-                w_at = ((row + r) * columns + g * group) // 2
-                x_at = start * columns + g * group * COLUMNS
-                at, scales_at = sums_at + r * COLUMNS * LANES, r * groups + g
-                if COLUMNS == 2 or count == 2:
-                    if group == 64:
-                        _two_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
-                    else:
-                        _two_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
-                elif group == 64:
-                    _four_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, 64)
+            x_at = start * columns + g * group * COLUMNS
+            for r in range(0, ROWS, PAIR):
+                at, w_at = sums_at + r * COLUMNS * LANES, ((row + r) * columns + g * group) // 2
+                scales_at, w_step = r * groups + g, columns // 2
+                if group == 64:
+                    _add_scaled(count, work, at, packed, w_at, w_step, x, x_at, scales_at, groups, some, 64)
                 else:
-                    _four_scaled(work, at, weights.packed, w_at, x, x_at, scales_at, some, group)
+                    _add_scaled(count, work, at, packed, w_at, w_step, x, x_at, scales_at, groups, some, group)
         for r in range(ROWS):
             for c in range(count):
                 value = total(load(work, sums_at + (r * COLUMNS + c) * LANES))
@@ -279,54 +276,21 @@ def _few_rows(
                 out[(start + c) * rows + n + r] = value
 
 
-@inlined
-def _two_scaled(
-    work: Any, at: int, packed: Any, w_at: int, x: Any, x_at: int, scales_at: int, groups: int, group: int
-) -> None:
-    """Onto two sums in `work`: scale · code · x, lane by lane."""
-    a, b = load(work, at), load(work, at + LANES)
-    for g in range(groups):
-        of_a = of_b = broadcast(np.float32(0))
-        prefetch(packed, w_at + AHEAD)
-        for _ in range(group // (2 * LANES)):
-            some = load_bytes(packed, w_at)
-            low, high = field(some, 0, 15), field(some, 4, 15)
-            of_a, of_b = fma(low, load(x, x_at), of_a), fma(low, load(x, x_at + LANES), of_b)
-            x_at += COLUMNS * LANES
-            of_a, of_b = fma(high, load(x, x_at), of_a), fma(high, load(x, x_at + LANES), of_b)
-            x_at += COLUMNS * LANES
-            w_at += LANES
-        scale = broadcast(work[scales_at + g])
-        a, b = fma(of_a, scale, a), fma(of_b, scale, b)
-    store(work, at, a)
-    store(work, at + LANES, b)
+_times_2, _times_3, _times_4 = (scaled_block(PAIR, count, COLUMNS, ahead=ROWS) for count in (2, 3, 4))
 
 
 @inlined
-def _four_scaled(
-    work: Any, at: int, packed: Any, w_at: int, x: Any, x_at: int, scales_at: int, groups: int, group: int
-) -> None:
-    a, b = load(work, at), load(work, at + LANES)
-    c, d = load(work, at + 2 * LANES), load(work, at + 3 * LANES)
-    for g in range(groups):
-        of_a = of_b = of_c = of_d = broadcast(np.float32(0))
-        prefetch(packed, w_at + AHEAD)
-        for _ in range(group // (2 * LANES)):
-            some = load_bytes(packed, w_at)
-            low, high = field(some, 0, 15), field(some, 4, 15)
-            of_a, of_b = fma(low, load(x, x_at), of_a), fma(low, load(x, x_at + LANES), of_b)
-            of_c, of_d = fma(low, load(x, x_at + 2 * LANES), of_c), fma(low, load(x, x_at + 3 * LANES), of_d)
-            x_at += 4 * LANES
-            of_a, of_b = fma(high, load(x, x_at), of_a), fma(high, load(x, x_at + LANES), of_b)
-            of_c, of_d = fma(high, load(x, x_at + 2 * LANES), of_c), fma(high, load(x, x_at + 3 * LANES), of_d)
-            x_at += 4 * LANES
-            w_at += LANES
-        scale = broadcast(work[scales_at + g])
-        a, b, c, d = fma(of_a, scale, a), fma(of_b, scale, b), fma(of_c, scale, c), fma(of_d, scale, d)
-    store(work, at, a)
-    store(work, at + LANES, b)
-    store(work, at + 2 * LANES, c)
-    store(work, at + 3 * LANES, d)
+def _add_scaled(
+    count: int, work: Any, at: int, packed: Any, w_at: int, w_step: int, x: Any, x_at: int, scales_at: int,
+    scales_step: int, groups: int, group: int,
+) -> None:  # fmt: skip
+    """Onto PAIR × `count` sums in `work`: scale · code · x, lane by lane."""
+    if COLUMNS == 2 or count == 2:
+        _times_2(work, at, packed, w_at, w_step, x, x_at, scales_at, scales_step, groups, group)
+    elif count == 3:
+        _times_3(work, at, packed, w_at, w_step, x, x_at, scales_at, scales_step, groups, group)
+    else:
+        _times_4(work, at, packed, w_at, w_step, x, x_at, scales_at, scales_step, groups, group)
 
 
 @compiled

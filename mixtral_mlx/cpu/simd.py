@@ -33,9 +33,10 @@ def _host_features() -> set[str]:
 
 LANES = _lanes()
 
-_HALF, _FLOAT, _BYTE, _SHORT, _INT = ir.HalfType(), ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_LONG = ir.IntType(64)
-_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+FLOAT, BYTE = ir.FloatType(), ir.IntType(8)
+FLOATS, BYTES = ir.VectorType(FLOAT, LANES), ir.VectorType(BYTE, LANES)
+_HALF, _SHORT, _INT, _LONG = ir.HalfType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_INTS = ir.VectorType(_INT, LANES)
 
 
 class _Vector(types.Type):
@@ -46,7 +47,7 @@ class _Vector(types.Type):
         self.element = element
 
 
-f32 = _Vector("f32", _FLOAT)
+f32 = _Vector("f32", FLOAT)
 i32 = _Vector("i32", _INT)
 
 
@@ -60,16 +61,44 @@ _Emit = Callable[[Any, Any, Any, Any], Any]
 """(context, builder, signature, arguments) → the value."""
 
 
-def _address(context: Any, builder: Any, signature: Any, wanted: ir.Type, array: Any, index: Any) -> Any:
-    """The address of `array[index]`, `array` being the first argument, to be read or written as a `wanted`."""
-    data = context.make_array(signature.args[0])(context, builder, array).data
+# What an intrinsic is made of.
+
+
+def address(context: Any, builder: Any, kind: Any, array: Any, index: Any, wanted: ir.Type) -> Any:
+    """The address of `array[index]`, an array of the type `kind`, to be read or written as a `wanted`."""
+    data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), wanted.as_pointer())
 
 
-def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+def prefetch_at(builder: Any, pointer: Any) -> None:
+    """Begin to bring what is there into the cache; it may be nobody's memory."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT, _INT, _INT])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [pointer, _INT(0), _INT(3), _INT(1)])  # to be read, soon, as data
+
+
+def halves(builder: Any, pointer: Any) -> tuple[Any, Any]:
+    """LANES bytes → their lower four bits as floats, and their upper ones."""
+    some = builder.zext(builder.load(pointer, align=1), _INTS)
+    low, high = builder.and_(some, _shift(15)), builder.lshr(some, _shift(4))
+    return builder.sitofp(low, FLOATS), builder.sitofp(high, FLOATS)
+
+
+def add_product(builder: Any, a: Any, b: Any, onto: Any) -> None:
+    """Add a · b, lane by lane, to what is stored `onto`."""
+    builder.store(_call(builder, f"llvm.fma.v{LANES}f32", [a, b, builder.load(onto)], FLOATS), onto)
+
+
+def broadcast_to(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+    """`value` in every lane of a vector of that type."""
     nothing = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(nothing, value, _INT(0))
     return builder.shuffle_vector(first, nothing, ir.Constant(_INTS, [0] * LANES))
+
+
+def _address(context: Any, builder: Any, signature: Any, wanted: ir.Type, array: Any, index: Any) -> Any:
+    """`address` in the array that is the first argument."""
+    return address(context, builder, signature.args[0], array, index, wanted)
 
 
 def _call(builder: Any, name: str, arguments: Sequence[Any], result: ir.Type) -> Any:
@@ -83,7 +112,7 @@ def load(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
     """LANES floats from `array[index]` on."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_address(context, builder, signature, _FLOATS, *arguments), align=4)
+        return builder.load(_address(context, builder, signature, FLOATS, *arguments), align=4)
 
     return f32(array, types.intp), emit
 
@@ -94,7 +123,7 @@ def store(typing: Any, array: Any, index: Any, vector: Any) -> tuple[Any, _Emit]
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, index, vector = arguments
-        builder.store(vector, _address(context, builder, signature, _FLOATS, array, index), align=4)
+        builder.store(vector, _address(context, builder, signature, FLOATS, array, index), align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), emit
@@ -105,7 +134,7 @@ def load_bytes(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
     """LANES bytes from `array[index]` on, as integers."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = _address(context, builder, signature, ir.VectorType(_BYTE, LANES), *arguments)
+        source = _address(context, builder, signature, BYTES, *arguments)
         return builder.zext(builder.load(source, align=1), _INTS)
 
     return i32(array, types.intp), emit
@@ -116,10 +145,7 @@ def prefetch(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
     """Begin to bring byte `index` of an array of bytes into the cache; it may lie beyond the end."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _address(context, builder, signature, _BYTE, *arguments)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT, _INT, _INT])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fetch, [pointer, _INT(0), _INT(3), _INT(1)])  # to be read, soon, as data
+        prefetch_at(builder, _address(context, builder, signature, BYTE, *arguments))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), emit
@@ -131,8 +157,8 @@ def field(typing: Any, vector: Any, shift: Any, mask: Any) -> tuple[Any, _Emit]:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vector, shift, mask = arguments
-        shifted = builder.lshr(vector, _splat(builder, shift, _INTS))
-        return builder.sitofp(builder.and_(shifted, _splat(builder, mask, _INTS)), _FLOATS)
+        shifted = builder.lshr(vector, broadcast_to(builder, shift, _INTS))
+        return builder.sitofp(builder.and_(shifted, broadcast_to(builder, mask, _INTS)), FLOATS)
 
     return f32(vector, types.int32, types.int32), emit
 
@@ -154,15 +180,15 @@ def eight_fields(typing: Any, low: Any, high: Any, bits: Any) -> tuple[Any, _Emi
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low, high, bits = arguments
         longs = ir.VectorType(_LONG, LANES)
-        words = _splat(builder, low, longs)
+        words = broadcast_to(builder, low, longs)
         if LANES == 16:
             halves = ir.Constant(_INTS, [*range(8), *range(16, 24)])
-            words = builder.shuffle_vector(words, _splat(builder, high, longs), halves)
+            words = builder.shuffle_vector(words, broadcast_to(builder, high, longs), halves)
         places = ir.Constant(longs, [lane % 8 for lane in range(LANES)])
-        shifts = builder.mul(places, _splat(builder, bits, longs))
+        shifts = builder.mul(places, broadcast_to(builder, bits, longs))
         mask = builder.sub(builder.shl(_LONG(1), bits), _LONG(1))
-        fields = builder.and_(builder.lshr(words, shifts), _splat(builder, mask, longs))
-        return builder.sitofp(builder.trunc(fields, _INTS), _FLOATS)
+        fields = builder.and_(builder.lshr(words, shifts), broadcast_to(builder, mask, longs))
+        return builder.sitofp(builder.trunc(fields, _INTS), FLOATS)
 
     return f32(types.uint64, types.uint64, types.int64), emit
 
@@ -172,7 +198,7 @@ def broadcast(typing: Any, value: Any) -> tuple[Any, _Emit]:
     """A float in every lane."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _splat(builder, arguments[0], _FLOATS)
+        return broadcast_to(builder, arguments[0], FLOATS)
 
     return f32(types.float32), emit
 
@@ -182,7 +208,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> tuple[Any, _Emit]:
     """a · b + c, lane by lane."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _call(builder, f"llvm.fma.v{LANES}f32", arguments, _FLOATS)
+        return _call(builder, f"llvm.fma.v{LANES}f32", arguments, FLOATS)
 
     return f32(a, b, c), emit
 
@@ -222,7 +248,7 @@ def greater(typing: Any, a: Any, b: Any) -> tuple[Any, _Emit]:
     """The greater of a and b, lane by lane."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _call(builder, f"llvm.maxnum.v{LANES}f32", arguments, _FLOATS)
+        return _call(builder, f"llvm.maxnum.v{LANES}f32", arguments, FLOATS)
 
     return f32(a, b), emit
 
@@ -232,7 +258,7 @@ def greatest(typing: Any, vector: Any) -> tuple[Any, _Emit]:
     """The greatest of the lanes."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", arguments, _FLOAT)
+        return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", arguments, FLOAT)
 
     return types.float32(vector), emit
 
@@ -242,9 +268,9 @@ def total(typing: Any, vector: Any) -> tuple[Any, _Emit]:
     """The sum over the lanes."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+        kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
         add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
-        return builder.call(add, [_FLOAT(0.0), arguments[0]], fastmath=("reassoc",))
+        return builder.call(add, [FLOAT(0.0), arguments[0]], fastmath=("reassoc",))
 
     return types.float32(vector), emit
 
@@ -254,7 +280,7 @@ _LOG2E = 1.4426950408889634
 
 
 def _constant(value: float) -> Any:
-    return ir.Constant(_FLOATS, [value] * LANES)
+    return ir.Constant(FLOATS, [value] * LANES)
 
 
 @intrinsic
@@ -263,15 +289,15 @@ def exp(typing: Any, vector: Any) -> tuple[Any, _Emit]:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         below = builder.fcmp_ordered("<", arguments[0], _constant(-87.0))
-        x = _call(builder, f"llvm.maxnum.v{LANES}f32", [arguments[0], _constant(-87.0)], _FLOATS)
-        x = _call(builder, f"llvm.minnum.v{LANES}f32", [x, _constant(88.0)], _FLOATS)
-        n = _call(builder, f"llvm.rint.v{LANES}f32", [builder.fmul(x, _constant(_LOG2E))], _FLOATS)
+        x = _call(builder, f"llvm.maxnum.v{LANES}f32", [arguments[0], _constant(-87.0)], FLOATS)
+        x = _call(builder, f"llvm.minnum.v{LANES}f32", [x, _constant(88.0)], FLOATS)
+        n = _call(builder, f"llvm.rint.v{LANES}f32", [builder.fmul(x, _constant(_LOG2E))], FLOATS)
         # x - n · ln 2 in two steps, since ln 2 has more digits than a float.
-        x = _call(builder, f"llvm.fma.v{LANES}f32", [n, _constant(-0.693359375), x], _FLOATS)
-        x = _call(builder, f"llvm.fma.v{LANES}f32", [n, _constant(2.12194440e-4), x], _FLOATS)
+        x = _call(builder, f"llvm.fma.v{LANES}f32", [n, _constant(-0.693359375), x], FLOATS)
+        x = _call(builder, f"llvm.fma.v{LANES}f32", [n, _constant(2.12194440e-4), x], FLOATS)
         power = _exp_near_zero(builder, x)
         exponent = builder.shl(builder.add(builder.fptosi(n, _INTS), ir.Constant(_INTS, [127] * LANES)), _shift(23))
-        return builder.select(below, _constant(0.0), builder.fmul(power, builder.bitcast(exponent, _FLOATS)))
+        return builder.select(below, _constant(0.0), builder.fmul(power, builder.bitcast(exponent, FLOATS)))
 
     return f32(vector), emit
 
@@ -280,12 +306,12 @@ def _exp_near_zero(builder: Any, x: Any) -> Any:
     """e^x for |x| ≤ ln 2 / 2: Taylor's series up to x^7."""
     result = _constant(1 / 5040)
     for divisor in (720, 120, 24, 6, 2, 1, 1):
-        result = _call(builder, f"llvm.fma.v{LANES}f32", [result, x, _constant(1 / divisor)], _FLOATS)
+        result = _call(builder, f"llvm.fma.v{LANES}f32", [result, x, _constant(1 / divisor)], FLOATS)
     return result
 
 
 def _shift(bits: int) -> Any:
-    return ir.Constant(_INTS, [bits] * LANES)
+    return _INTS([bits] * LANES)
 
 
 _Convert = Callable[[Any, Any, ir.Type, ir.Type], Any]
@@ -294,7 +320,7 @@ _Convert = Callable[[Any, Any, ir.Type, ir.Type], Any]
 
 def _reader(convert: _Convert, stored: ir.Type, nbytes: int, lanes: int) -> Any:
     """An intrinsic (array of bytes, index) that reads the `index`-th of the `stored`s in it, or `lanes` from there."""
-    floats, integers = (_FLOATS, _INTS) if lanes > 1 else (_FLOAT, _INT)
+    floats, integers = (FLOATS, _INTS) if lanes > 1 else (FLOAT, _INT)
     wanted = ir.VectorType(stored, lanes) if lanes > 1 else stored
 
     def read(typing: Any, array: Any, index: Any) -> tuple[Any, _Emit]:
@@ -328,14 +354,14 @@ def _from_float16(builder: Any, value: Any, floats: ir.Type, integers: ir.Type) 
     return builder.fpext(value, floats)
 
 
-read_float32 = _reader(_from_float32, _FLOAT, 4, 1)
+read_float32 = _reader(_from_float32, FLOAT, 4, 1)
 read_bfloat16 = _reader(_from_bfloat16, _SHORT, 2, 1)
 read_float16 = _reader(_from_float16, _HALF, 2, 1)
-load_float32 = _reader(_from_float32, _FLOAT, 4, LANES)
+load_float32 = _reader(_from_float32, FLOAT, 4, LANES)
 load_bfloat16 = _reader(_from_bfloat16, _SHORT, 2, LANES)
 load_float16 = _reader(_from_float16, _HALF, 2, LANES)
-read_e8m0 = _reader(_from_e8m0, _BYTE, 1, 1)
-load_e8m0 = _reader(_from_e8m0, _BYTE, 1, LANES)
+read_e8m0 = _reader(_from_e8m0, BYTE, 1, 1)
+load_e8m0 = _reader(_from_e8m0, BYTE, 1, LANES)
 
 
 @inlined
