@@ -8,19 +8,22 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mixtral_mlx.engine import blocks as blocks_module
 from mixtral_mlx.engine.blocks import BLOCK_TOKENS, SUFFIX, Blocks, fingerprint
-from mixtral_mlx.engine.frozen import Frozen
+from mixtral_mlx.engine.frozen import Form, Frozen
 from mixtral_mlx.engine.prefixes import Kind, Prefixes
 from mixtral_mlx.model import Model
 
@@ -57,6 +60,12 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: -path.stat().st_mtime_ns)
 
 
+def found_in(prefixes: Prefixes, kind: Kind, tokens: list[int], multiple_of: int = 1) -> tuple[int, list[Any]] | None:
+    """What is found in memory, or is worth it to be read from disk and waited for."""
+    reading = prefixes.begin_reading(kind, tokens, multiple_of=multiple_of)
+    return prefixes.find(kind, tokens, multiple_of=multiple_of, read=reading)
+
+
 def length_in(blocks: Blocks, chat: list[int], kind: Kind = FLOATS) -> int:
     found = blocks.read(kind, chat)
     return found.length if found else 0
@@ -74,7 +83,7 @@ def test_after_a_restart_the_model_goes_on_where_it_was(model: Model, tmp_path: 
 
     restarted, second = Prefixes(PLAIN, Blocks(tmp_path, PLAIN, "m")), first + prompt(20, seed=1)
     for disk_hits in (1, 1):
-        found = restarted.find(kind, second)
+        found = found_in(restarted, kind, second)
         assert found
         length, caches = found
         assert length == 2 * B
@@ -118,14 +127,114 @@ def test_what_is_in_memory_is_not_read_from_disk(tmp_path: Path) -> None:
     prefixes = Prefixes(PLAIN, disk)
     prefixes.keep(FLOATS, chat, filled(len(chat)))
     disk.close()
-    assert prefixes.find(FLOATS, chat)
+    assert found_in(prefixes, FLOATS, chat)
     assert disk.statistics.read == 0
     prefixes.clear()
-    found = prefixes.find(FLOATS, chat, multiple_of=50)
+    found = found_in(prefixes, FLOATS, chat, multiple_of=50)
     assert found
     assert found[0] == 3 * B // 50 * 50
-    assert prefixes.find(FLOATS, chat[: 3 * B])
+    assert found_in(prefixes, FLOATS, chat[: 3 * B])
     assert disk.statistics.read == 3
+
+
+def test_what_is_too_large_to_be_kept_is_still_used(tmp_path: Path) -> None:
+    chat = prompt(3 * B + 9)
+    write(tmp_path, chat)
+    small = Prefixes(BLOCK_BYTES, Blocks(tmp_path, PLAIN, "m"))
+    found = found_in(small, FLOATS, chat)
+    assert found
+    assert found[0] == 3 * B
+    assert small.nbytes == 0
+
+
+def test_what_is_kept_gives_way_before_memory_is_taken_for_what_comes_from_disk(tmp_path: Path) -> None:
+    chat = prompt(3 * B)
+    write(tmp_path, chat)
+    prefixes, zeros = Prefixes(4 * BLOCK_BYTES, Blocks(tmp_path, PLAIN, "m")), Frozen.zeros
+    prefixes.keep(FLOATS, prompt(4 * B, seed=1), filled(4 * B))
+
+    def allocate(form: Form, length: int) -> Frozen:
+        assert prefixes.nbytes == 0
+        return zeros(form, length)
+
+    with patch.object(Frozen, "zeros", allocate):
+        reading = prefixes.begin_reading(FLOATS, [*chat, 1], most_kept=BLOCK_BYTES)
+    assert reading
+    found = prefixes.find(FLOATS, [*chat, 1], read=reading)
+    assert found
+    assert prefixes.nbytes == 3 * BLOCK_BYTES
+
+
+class HeldDisk:
+    """A disk whose blocks come only when they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked, self.go, self.count = threading.Event(), threading.Event(), 0
+        read_block = blocks_module._read_block
+
+        def held(*which: Any) -> memoryview:
+            self.count += 1
+            self.asked.set()
+            assert self.go.wait(60)
+            return read_block(*which)
+
+        monkeypatch.setattr(blocks_module, "_read_block", held)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldDisk]:
+    disk = HeldDisk(monkeypatch)
+    yield disk
+    disk.go.set()
+
+
+def test_what_is_read_is_there_when_it_says_so(tmp_path: Path, held: HeldDisk) -> None:
+    chat, done = prompt(9 * B), threading.Event()
+    blocks = write(tmp_path, chat)
+
+    def on_done() -> None:
+        if reading and reading.is_done:
+            done.set()
+
+    reading = blocks.begin_read(FLOATS, chat, on_done)
+    assert reading
+    assert held.asked.wait(60)
+    assert not reading.is_done
+    held.go.set()
+    assert done.wait(60)
+    found = reading.result()
+    assert found
+    assert found.length == 9 * B
+
+
+def test_what_is_cancelled_leaves_memory_though_the_disk_does_not_answer(tmp_path: Path, held: HeldDisk) -> None:
+    chat = prompt(9 * B)
+    blocks = write(tmp_path, chat)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    reading = blocks.begin_read(FLOATS, chat)
+    assert reading
+    assert held.asked.wait(60)
+    assert mx.get_active_memory() >= before + 9 * BLOCK_BYTES
+    reading.cancel()
+    assert reading.is_done
+    assert mx.get_active_memory() == before
+    held.go.set()
+    assert reading.result() is None
+    assert length_in(blocks, chat) == 9 * B
+
+
+def test_closing_waits_for_nothing_that_is_read(tmp_path: Path, held: HeldDisk) -> None:
+    chat = prompt(9 * B)
+    blocks = write(tmp_path, chat)
+    reading = blocks.begin_read(FLOATS, chat)
+    assert reading
+    assert held.asked.wait(60)
+    blocks.close()
+    held.go.set()
+    found = reading.result()  # The blocks that were under way; the pool takes no others.
+    assert found is None or found.length < 9 * B
+    assert length_in(blocks, chat) == 9 * B
 
 
 def test_another_model_or_kind_finds_nothing_and_removes_nothing(tmp_path: Path) -> None:
@@ -344,8 +453,8 @@ def test_a_folder_that_cannot_be_is_a_warning(tmp_path: Path) -> None:
     prefixes = Prefixes(PLAIN, blocks)
     prefixes.keep(FLOATS, prompt(B), filled(B))
     blocks.close()
-    assert prefixes.find(FLOATS, prompt(B))
-    assert prefixes.find(FLOATS, prompt(B, seed=1)) is None
+    assert found_in(prefixes, FLOATS, prompt(B))
+    assert found_in(prefixes, FLOATS, prompt(B, seed=1)) is None
     assert warnings
     assert blocks.statistics.written == 0
 
@@ -353,9 +462,7 @@ def test_a_folder_that_cannot_be_is_a_warning(tmp_path: Path) -> None:
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A disk that does not answer until the end of the test."""
-    from threading import Event
-
-    answer = Event()
+    answer = threading.Event()
     monkeypatch.setattr(os, "fsync", lambda fd: answer.wait())
     yield
     answer.set()

@@ -224,6 +224,18 @@ def test_a_prompt_that_was_read_before_is_not_read_again_by_the_draft() -> None:
         assert sum(len(call.args[1]) for call in read_by_draft.call_args_list) < 20
 
 
+def test_nor_is_it_after_a_restart(tmp_path: Path) -> None:
+    read = patch.object(DraftModel, "read", autospec=True, side_effect=DraftModel.read)
+    with load(draft=DEMO, cache_dir=tmp_path) as engine:
+        first = engine.complete(words(300), max_tokens=8, ignore_eos=True, speculate="draft").result()
+        until(lambda: engine.stats()["prefix_files"]["written"] >= 2 * (300 // 64))
+    with load(draft=DEMO, cache_dir=tmp_path) as engine, read as read_by_draft:
+        again = engine.complete(words(300), max_tokens=8, ignore_eos=True, speculate="draft").result()
+        assert sum(len(call.args[1]) for call in read_by_draft.call_args_list) < 64
+        assert engine.stats()["prefixes"]["disk_hits"] == 2
+    assert again.tokens == first.tokens
+
+
 def test_a_draft_reads_a_prompt_in_small_pieces_where_another_stream_goes_on() -> None:
     with load(draft=DEMO) as engine:
         running = engine.complete(words(5), max_tokens=600, ignore_eos=True)

@@ -27,6 +27,7 @@ from .tools import ToolCallStream
 if TYPE_CHECKING:
     from ..model import Model
     from ..prompt import Tokenizer
+    from .blocks import Reading
     from .grammar import Grammar, Matcher
 
 WINDOW_CHUNK_TOKENS = 256
@@ -57,6 +58,8 @@ class Answering:
         self.read = 0
         self.cached = 0
         self.finished = self.has_started = False
+        self.readings: dict[Kind, Reading] = {}
+        self.behind: Answering | None = None
         self._grammar = grammar
         self._passes = passes
         self._asked_at = time.perf_counter()
@@ -90,8 +93,22 @@ class Answering:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it could start: its grammar, if it has one, is compiled, or has failed to."""
-        return self._grammar is None or self._grammar.done()
+        """Whether it could start: its grammar, if it has one, is compiled, or has failed to, and the disk has answered.
+
+        That is so of its own `readings`, and of those of whom it waits `behind`."""
+        on_disk = self.is_fetching or (self.behind and self.behind.is_fetching)
+        return not on_disk and (self._grammar is None or self._grammar.done())
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether what was read for its beginning, or for its draft model's, is on the way from disk."""
+        return not all(reading.is_done for reading in list(self.readings.values()))
+
+    def stop_fetching(self) -> None:
+        """Let go of what comes from disk, whether it has come or not."""
+        readings, self.readings = self.readings, {}
+        for reading in readings.values():
+            reading.cancel()
 
     @property
     def most_tokens(self) -> int:
@@ -312,6 +329,7 @@ class Answering:
 
     def finish(self, reason: str, stop_text: str = "") -> None:
         """Say that it has ended, and with which stop string, if with one."""
+        self.stop_fetching()
         self.finished = True
         self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text))
 
@@ -323,6 +341,7 @@ class Answering:
 
     def fail(self, error: BaseException) -> None:
         """End it with an error."""
+        self.stop_fetching()
         self.finished = True
         self.channel.put(error)
 

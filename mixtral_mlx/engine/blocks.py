@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
@@ -44,7 +44,6 @@ _MAX_HEADER_BYTES = 4096
 _MAX_WAITING = 32
 _READERS = 4
 _SAMPLE_EVERY, _SAMPLE_BYTES = 64 << 20, 4096
-_VIEWS_PER_READ = 512  # The system takes 1,024 at most.
 _T = TypeVar("_T")
 
 
@@ -75,6 +74,7 @@ class Blocks:
         self._on_warning = on_warning or (lambda text: None)
         self._warned: set[str] = set()
         self._line: _Line | None = None
+        self._readers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self.nbytes = 0
         try:
@@ -93,24 +93,26 @@ class Blocks:
 
     def read(self, kind: Kind, tokens: Sequence[int]) -> Frozen | None:
         """As many of the first `tokens` as are here and whole, in memory of their own. On the model's thread only."""
+        reading = self.begin_read(kind, tokens)
+        return reading.result() if reading else None
+
+    def begin_read(
+        self, kind: Kind, tokens: Sequence[int], on_done: Callable[[], object] = lambda: None
+    ) -> Reading | None:
+        """Begin to read as many of the first `tokens` as seem to be here; None where that is nothing.
+
+        Allocates, so on the model's thread only. `on_done` is called on others, with each block and with the last."""
         keys = self._keys(kind, tokens)
         form = self._guarded(keys[0], lambda: _read_form(self._path(keys[0]), keys[0], self.model)) if keys else None
         if form is None or not (keys := self._of_size(keys, form)):
             return None
-        frozen = Frozen.zeros(form, len(keys) * BLOCK_TOKENS)
-        views = frozen.views()
-
-        def read_one(n: int) -> bool | None:
-            return self._guarded(keys[n], lambda: _read_block(self._path(keys[n]), keys[n], self.model, form, views, n))
-
-        with ThreadPoolExecutor(min(_READERS, len(keys))) as readers:
-            results = [*readers.map(read_one, range(len(keys))), None]
-        count = results.index(None)
-        self.statistics.read += count
-        self._touch(keys[:count], time.time_ns())
-        if count == len(keys):
-            return frozen
-        return frozen.first(count * BLOCK_TOKENS).evaluated() if count else None
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(_READERS, "prompts from disk")
+        reading, now = Reading(Frozen.zeros(form, len(keys) * BLOCK_TOKENS)), time.time_ns()
+        reading.blocks = [self._readers.submit(self._read_one, reading, n, key, now) for n, key in enumerate(keys)]
+        for block in reading.blocks:
+            block.add_done_callback(lambda _: on_done())
+        return reading
 
     def write(self, kind: Kind, tokens: Sequence[int], frozen: Frozen) -> Writing | None:
         """Begin to write what of `frozen`, the evaluated keys and values of `tokens`, is not here yet.
@@ -132,12 +134,25 @@ class Blocks:
         return writing
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what waits, as far as that takes no longer than `timeout_s`."""
+        """Write what waits, as far as that takes no longer than `timeout_s`; what is being read is not waited for."""
+        if self._readers:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._readers = None
         if self._line:
             self._line.close(timeout_s)
             self._line = None
 
-    # On the worker's thread, which never touches MLX.
+    # On threads that never touch MLX: readers, and one that writes.
+
+    def _read_one(self, reading: Reading, n: int, key: bytes, now: int) -> bool:
+        """Read a block; whether that is now where it belongs."""
+        content = self._guarded(key, lambda: _read_block(self._path(key), key, self.model, reading.form))
+        if content is None or not reading.fill(n, content):
+            return False
+        self._touch(key, _time_of(n, now))
+        with self._lock:
+            self.statistics.read += 1
+        return True
 
     def _work(self, line: _Line) -> None:
         while writing := line.next():
@@ -152,7 +167,8 @@ class Blocks:
 
     def _write_all(self, writing: Writing, line: _Line) -> None:
         now = time.time_ns()
-        self._touch(writing.keys, now)
+        for n, key in enumerate(writing.keys):
+            self._touch(key, _time_of(n, now))
         names = [_name(key) for key in writing.keys]
         for n, key in enumerate(writing.keys):
             if line.is_late():
@@ -250,11 +266,10 @@ class Blocks:
     def _path(self, key: bytes) -> Path:
         return self.folder / _name(key)
 
-    def _touch(self, keys: Sequence[bytes], now: int) -> None:
-        """Note that a prompt's blocks were used: the first last, so that it outlives those that hang on it."""
-        for n, key in enumerate(keys):
-            with suppress(OSError):
-                os.utime(self._path(key), ns=(_time_of(n, now),) * 2, follow_symlinks=False)
+    def _touch(self, key: bytes, time_ns: int) -> None:
+        """Note when a block was used."""
+        with suppress(OSError):
+            os.utime(self._path(key), ns=(time_ns, time_ns), follow_symlinks=False)
 
     def _guarded(self, key: bytes, read: Callable[[], _T]) -> _T | None:
         """What `read` makes of a block; None where it is none, which removes it, or cannot be read."""
@@ -262,7 +277,7 @@ class Blocks:
             return read()
         except FileNotFoundError:
             pass
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             with self._lock:
                 self.statistics.failed += 1
             self._warn("cannot be read", error)
@@ -283,6 +298,54 @@ class Blocks:
         if text not in self._warned:
             self._warned.add(text)
             self._on_warning(text)
+
+
+class Reading:
+    """A prompt's way back from the disk, into memory that goes at once when it is cancelled, whatever the disk does."""
+
+    def __init__(self, frozen: Frozen) -> None:
+        self.form = frozen.form
+        self.blocks: list[Future[bool]] = []
+        self._frozen: Frozen | None = frozen
+        self._views: Views | None = frozen.views()
+        self._lock = threading.Lock()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` has not to be waited for."""
+        return self._frozen is None or all(block.done() for block in self.blocks)
+
+    @property
+    def copied_bytes(self) -> int:
+        """What `result` allocates: where not all blocks could be read, those before the first that could not."""
+        count = self._wait()
+        return 0 if count == len(self.blocks) else count * BLOCK_TOKENS * self.form.token_bytes
+
+    def cancel(self) -> None:
+        """Read no more, and let go of the memory; waits no longer than copying a block takes."""
+        with self._lock:
+            self._frozen = self._views = None
+        for block in self.blocks:
+            block.cancel()
+
+    def result(self) -> Frozen | None:
+        """What was read, up to the first block that could not be; None where that is nothing, or when cancelled."""
+        count, frozen = self._wait(), self._frozen
+        if not frozen or not count:
+            return None
+        return frozen if count == len(self.blocks) else frozen.first(count * BLOCK_TOKENS).evaluated()
+
+    def fill(self, n: int, content: memoryview) -> bool:
+        """Put a block where it belongs; False when cancelled."""
+        with self._lock:
+            if self._views is None:
+                return False
+            _copy(content, self._views.of_tokens(n * BLOCK_TOKENS, (n + 1) * BLOCK_TOKENS))
+        return True
+
+    def _wait(self) -> int:
+        """How many blocks were read before the first that could not be, once that is known of all."""
+        return [*map(_is_there, self.blocks), False].index(False)
 
 
 class Writing:
@@ -383,14 +446,17 @@ def _read_form(path: Path, key: bytes, model: str) -> Form:
         return _read_header(fd, key, model)[0]
 
 
-def _read_block(path: Path, key: bytes, model: str, form: Form, views: Views, n: int) -> bool:
-    """Fill the memory of block `n` from its file; true, or an error."""
+def _read_block(path: Path, key: bytes, model: str, form: Form) -> memoryview:
+    """What a block's file holds after its header, checked."""
+    # Not read to where it belongs: a disk that does not answer would hold on to all of that memory.
+    content = memoryview(bytearray(BLOCK_TOKENS * form.token_bytes))
     with _opened(path) as fd:
         found, header, checksum = _read_header(fd, key, model)
-        pieces = list(views.of_tokens(n * BLOCK_TOKENS, (n + 1) * BLOCK_TOKENS))
-        if found != form or not _fill(fd, pieces, _START.size + len(header)) or _checksum(header, pieces) != checksum:
+        if found != form or not _fill(fd, content, _START.size + len(header)):
             raise _DamagedError(os.fstat(fd).st_size)
-    return True
+    if _checksum(header, [content]) != checksum:
+        raise _DamagedError(_START.size + len(header) + len(content))
+    return content
 
 
 def _read_header(fd: int, key: bytes, model: str) -> tuple[Form, bytes, int]:
@@ -421,22 +487,29 @@ def _form(name: str, settings: list[int], layers: int, arrays: list[list[Any]]) 
     return Form(name, tuple(settings), layers, tuple((dtype, heads, width) for dtype, heads, width in arrays))
 
 
-def _fill(fd: int, pieces: Sequence[memoryview], offset: int) -> bool:
-    """Read from `offset` into one piece after the other; False where the file is too short."""
-    left = list(pieces)
-    while left:
-        count = os.preadv(fd, left[:_VIEWS_PER_READ], offset)
+def _fill(fd: int, content: memoryview, offset: int) -> bool:
+    """Read from `offset` on; False where the file is too short."""
+    while content:
+        count = os.preadv(fd, [content], offset)
         if count == 0:
             return False
-        offset += count
-        done = 0
-        while done < len(left) and count >= left[done].nbytes:
-            count -= left[done].nbytes
-            done += 1
-        del left[:done]
-        if count:
-            left[0] = left[0][count:]
+        content, offset = content[count:], offset + count
     return True
+
+
+def _copy(content: memoryview, pieces: Iterable[memoryview]) -> None:
+    """Spread `content` over `pieces`."""
+    at = 0
+    for piece in pieces:
+        piece[:] = content[at : at + piece.nbytes]
+        at += piece.nbytes
+
+
+def _is_there(block: Future[bool]) -> bool:
+    try:
+        return block.result()
+    except CancelledError:
+        return False
 
 
 def _checksum(header: bytes, pieces: Iterable[memoryview]) -> int:

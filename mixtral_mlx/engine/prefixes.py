@@ -1,19 +1,19 @@
 """Keys and values of prompts that were read before, in memory: what begins alike is not read again.
 
 A hard cap in bytes; what was not used for longest goes first. Where `blocks` are given, what is kept goes to disk as
-well and comes back from there. Everything here happens on the thread that runs the model."""
+well and comes back from there, read on other threads. All else happens on the one that runs the model."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .blocks import Blocks, Writing
+from .blocks import Blocks, Reading, Writing
 from .frozen import Frozen, Kind
 
 __all__ = ["Kind", "Prefixes", "Statistics"]
@@ -53,24 +53,47 @@ class Prefixes:
         """A copy of the counts."""
         return replace(self._counts, entries=len(self._entries), nbytes=self.nbytes)
 
-    def find(self, kind: Kind, tokens: Sequence[int], *, multiple_of: int = 1) -> tuple[int, list[Any]] | None:
-        """The longest beginning of `tokens` that is here: how many tokens, and caches with them.
+    def find(
+        self, kind: Kind, tokens: Sequence[int], *, multiple_of: int = 1, read: Reading | None = None
+    ) -> tuple[int, list[Any]] | None:
+        """The longest beginning of `tokens` in memory, or `read` from disk: how many tokens, and caches with them.
 
         At least the last token is left, to be read for its logits; `multiple_of` asks for such a length. The caches
         are the caller's: they share memory with what is kept, which nothing done to them changes."""
-        usable = max(len(tokens) - 1, 0) // multiple_of * multiple_of
+        usable = _usable(tokens, multiple_of)
         length, frozen = self._from_memory(kind, tokens[:usable], multiple_of)
-        if self.disk and length < usable:
-            on_disk = min(self.disk.available(kind, tokens), usable) // multiple_of * multiple_of
-            if on_disk > length and (read := self._from_disk(self.disk, kind, tokens)):
+        if read and (came := self._taken(read, kind, tokens)):
+            on_disk = min(came.length, usable) // multiple_of * multiple_of
+            if on_disk > length:
                 self._counts.disk_hits += 1
-                length, frozen = min(read.length, usable) // multiple_of * multiple_of, read
+                length, frozen = on_disk, came
         if not length or not frozen:
             self._counts.misses += 1
             return None
         self._counts.hits += 1
         self._counts.hit_tokens += length
         return length, frozen.caches(length)
+
+    def begin_reading(
+        self,
+        kind: Kind,
+        tokens: Sequence[int],
+        *,
+        multiple_of: int = 1,
+        most_kept: int | None = None,
+        on_done: Callable[[], object] = lambda: None,
+    ) -> Reading | None:
+        """Begin to read what `find` would not find in memory, or not as long; None where there is no more on disk.
+
+        Before that takes memory, no more than `most_kept` bytes are left here. See `Blocks.begin_read`."""
+        if self.disk is None:
+            return None
+        usable = _usable(tokens, multiple_of)
+        length, _ = self._from_memory(kind, tokens[:usable], multiple_of)
+        if min(self.disk.available(kind, tokens), usable) // multiple_of * multiple_of <= length:
+            return None
+        self.shrink_to(self.nbytes if most_kept is None else most_kept)
+        return self.disk.begin_read(kind, tokens, on_done)
 
     def keep(self, kind: Kind, tokens: Sequence[int], caches: Sequence[Any]) -> None:
         """Take over `caches`, which hold `tokens`: they are not to be used again.
@@ -114,8 +137,10 @@ class Prefixes:
         self._entries.move_to_end((kind, key))
         return length, self._entries[kind, key].frozen
 
-    def _from_disk(self, disk: Blocks, kind: Kind, tokens: Sequence[int]) -> Frozen | None:
-        frozen = disk.read(kind, tokens)
+    def _taken(self, read: Reading, kind: Kind, tokens: Sequence[int]) -> Frozen | None:
+        """What was read, kept from now on if it is not too large for that."""
+        self.shrink_to(self.nbytes - read.copied_bytes)
+        frozen = read.result()
         if frozen and frozen.nbytes <= self.most_bytes:
             self._add(kind, _key(tokens[: frozen.length]), frozen)
         return frozen
@@ -193,6 +218,11 @@ class _Sorted:
                 shared -= _TOKEN_BYTES
             # All others with which `wanted` begins come before `key`, and so `key` begins with them too.
             wanted = wanted[:shared]
+
+
+def _usable(tokens: Sequence[int], multiple_of: int) -> int:
+    """How many of `tokens` may be found: not the last, and a multiple."""
+    return max(len(tokens) - 1, 0) // multiple_of * multiple_of
 
 
 def _key(tokens: Sequence[int]) -> bytes:

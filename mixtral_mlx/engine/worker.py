@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from ..memory import Relief
     from ..prompt import Tokenizer
     from ..weights import Loaded
+    from .blocks import Reading
     from .drafting import DraftModel
     from .drafts import PassSeconds
+    from .frozen import Kind
     from .prefixes import Prefixes
     from .routing import Watch, Watched
 
@@ -266,7 +269,7 @@ class Worker:
         idle_since = time.monotonic()
         while True:
             with self._changed:
-                while not (self._closing or self._running or self._has_calls or any(a.is_ready for a in self._waiting)):
+                while not (self._closing or self._running or self._has_calls or any(a.is_ready for a in self._next())):
                     if not self._changed.wait(self._until_unload(idle_since)) and not self._waiting:
                         break
                 else:
@@ -284,8 +287,8 @@ class Worker:
 
     def _until_unload(self, idle_since: float) -> float | None:
         after = 0.0 if self._unload_when_idle else self.limits.idle_unload_s
-        if after is None or self.opened is None:
-            return None
+        if after is None or self.opened is None or self._waiting:
+            return None  # What waits, for its grammar, is not idle.
         return max(idle_since + after - time.monotonic(), 0)
 
     def _step(self) -> None:
@@ -355,11 +358,17 @@ class Worker:
 
     # Who runs.
 
-    def _admit(self) -> None:
-        """Start what waits, in its order, while there is room; what waits for a grammar lets others pass."""
+    def _next(self) -> list[Answering]:
+        """Those of the waiting that may start now."""
         with self._changed:
-            waiting = self._before_call() if self._calls_between else list(self._waiting)
-        for answering in [answering for answering in waiting if answering.is_ready]:
+            return self._before_call() if self._calls_between else list(self._waiting)
+
+    def _admit(self) -> None:
+        """Start what waits, in its order, while there is room; what waits for a grammar or a disk lets others pass.
+
+        First comes what the disk was read for, which holds its memory already."""
+        ready = [answering for answering in self._next() if answering.is_ready]
+        for answering in sorted(ready, key=lambda answering: not answering.readings):
             if len(self._running) >= self.limits.max_concurrent or not self._start(answering):
                 break
 
@@ -368,17 +377,22 @@ class Worker:
         try:
             opened = self._open()
             answering.kind = replace(answering.kind, adapter=self.adapter)
-            if self._waits_for_prefix(answering):
+            answering.behind = self._fetching_for(answering)
+            if answering.behind or self._waits_for_prefix(answering):
                 return True  # Others need not wait with it.
             if not self._has_room(answering, opened):
+                if not self._running:  # Then it is those with memory for what comes from disk who have to go on first.
+                    answering.behind = next(iter(self._fetching), None)
                 return False
-            if not self._take_from_queue(answering):
+            if self._fetch(answering, opened) or not self._take_from_queue(answering):
                 return True
             if not answering.has_started:
                 answering.start(opened.loaded.model, self._tokenizer, opened.draft)
             answering.begin_reading(opened.loaded.model, self._found(answering, opened))
             if drafting := answering.drafting:
-                drafting.resume(self._prefixes.find(drafting.model.kind, drafting.tokens))
+                kind = drafting.model.kind
+                drafting.resume(self._prefixes.find(kind, drafting.tokens, read=answering.readings.get(kind)))
+            answering.stop_fetching()
             self.counts.cached_tokens += answering.read
         except BaseException as error:
             self._take_from_queue(answering)
@@ -388,9 +402,13 @@ class Worker:
         return True
 
     def _found(self, answering: Answering, opened: Opened) -> tuple[int, list[Any]] | None:
-        """What is kept of its tokens' beginning; no more than whole chunks where its sums may not depend on that."""
-        in_chunks = opened.chunk_tokens if self.limits.deterministic else 1
-        return self._prefixes.find(answering.kind, answering.findable, multiple_of=in_chunks)
+        """What is kept of its tokens' beginning, or has come from disk."""
+        read = answering.readings.get(answering.kind)
+        return self._prefixes.find(answering.kind, answering.findable, multiple_of=self._in_chunks(opened), read=read)
+
+    def _in_chunks(self, opened: Opened) -> int:
+        """No more than whole chunks are found where sums may not depend on that."""
+        return opened.chunk_tokens if self.limits.deterministic else 1
 
     def _waits_for_prefix(self, answering: Answering) -> bool:
         """Whether most of it is being read for another just now: then that is worth waiting for."""
@@ -398,6 +416,46 @@ class Worker:
             other.is_reading and other.cached < _shared_enough(answering) and _begin_alike(other, answering)
             for other in self._running
         )
+
+    # What comes from disk, which nobody else waits for.
+
+    def _fetch(self, answering: Answering, opened: Opened) -> bool:
+        """Begin, once, to read from disk what was read before of its beginning; whether that has to be waited for."""
+        if answering.readings:
+            return False
+        begin = partial(
+            self._prefixes.begin_reading,
+            most_kept=opened.kv_bytes - self._reserved_beside(answering) - self._reserved(answering),
+            on_done=self.wake,
+        )
+        read = begin(answering.kind, answering.findable, multiple_of=self._in_chunks(opened))
+        self._hold(answering, answering.kind, read)
+        if opened.draft and answering.request.speculate == "draft":
+            self._hold(answering, opened.draft.kind, begin(opened.draft.kind, answering.tokens))
+        return bool(answering.readings)
+
+    def _hold(self, answering: Answering, kind: Kind, reading: Reading | None) -> None:
+        """Let it have what is read for it, unless it was cancelled meanwhile."""
+        if reading is None:
+            return
+        with self._changed:
+            if answering in self._waiting:
+                answering.readings = {**answering.readings, kind: reading}
+                return
+        reading.cancel()
+
+    @property
+    def _fetching(self) -> list[Answering]:
+        """Those of the waiting that have memory for what comes from disk, filled or not, as it is reserved for them."""
+        with self._changed:
+            return [answering for answering in self._waiting if answering.readings]
+
+    def _fetching_for(self, answering: Answering) -> Answering | None:
+        """Another for whom most of it comes from disk just now: it is read once."""
+        others = [] if answering.readings else self._fetching
+        return next((other for other in others if _begin_alike(other, answering)), None)
+
+    # Memory.
 
     def _has_room(self, answering: Answering, opened: Opened) -> bool:
         """Whether its cache fits beside the others'; what is kept for later gives way before the next pass."""
@@ -408,7 +466,10 @@ class Worker:
                 code="over_budget",
                 hint="Use a shorter prompt, fewer max_tokens or kv_bits, or give the engine more memory.",
             )
-        return sum(map(self._reserved, [*self._running, answering])) <= opened.kv_bytes
+        return self._reserved_beside(answering) + self._reserved(answering) <= opened.kv_bytes
+
+    def _reserved_beside(self, answering: Answering) -> int:
+        return sum(self._reserved(other) for other in [*self._running, *self._fetching] if other is not answering)
 
     def _reserved(self, answering: Answering) -> int:
         """Bytes of cache that are kept free for a request: for its tokens so far and some more, or for all to come."""
@@ -426,16 +487,20 @@ class Worker:
         return self._footprints[bits].kv_bytes(tokens) + (draft.kv_bytes(tokens) if draft else 0)
 
     def _make_room(self) -> None:
-        """Give up what is kept for later, then the youngest sequences' caches, until the next pass fits."""
+        """Give up what is kept for later, what comes from disk, then the youngest caches, until the next pass fits."""
         if self.opened is None:
             return
         if not self.opened.loaded.streaming:  # Streamed experts ask by themselves, as each pass begins.
             self.opened.relief.check()
-        while self._running:
-            used = sum(map(self._reserved, self._running))
-            if used <= self.opened.kv_bytes or len(self._running) == 1:
+        while True:
+            fetching = self._fetching
+            used = sum(map(self._reserved, [*self._running, *fetching]))
+            if used <= self.opened.kv_bytes or len(self._running) + len(fetching) <= 1:
                 self._prefixes.shrink_to(self.opened.kv_bytes - used)
                 return
+            if fetching:
+                fetching[-1].stop_fetching()
+                continue
             youngest = self._running.pop()
             youngest.pause()
             self.counts.paused += 1
@@ -623,7 +688,7 @@ class Worker:
         """How many of the tokens read into its cache can be copied: while that is done, they are in memory twice."""
         assert self.opened
         held = sum(layer.nbytes for layer in cache)
-        others = sum(self._reserved(other) for other in self._running if other is not answering)
+        others = self._reserved_beside(answering)
         spare = self.opened.kv_bytes + self.opened.loaded.plan.parts["working memory"] - others - held
         fitting = min(spare, held) * read // max(held, 1)
         self._prefixes.shrink_to(spare - fitting * held // max(read, 1))
