@@ -381,6 +381,41 @@ def test_where_there_is_not_room_for_all_the_youngest_wait_and_lose_nothing(fold
         assert engine.stats()["requests"]["paused"] > 0
 
 
+def paused_once_while_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the room from the youngest request, once, when it has read the first part of its tokens."""
+    make_room, done = Worker._make_room, list[Answering]()
+
+    def with_too_little(worker: Worker) -> None:
+        opened, youngest = worker.opened, worker._running[-1] if len(worker._running) > 1 else None
+        if opened and youngest and youngest.is_reading and youngest.read and not done:
+            done.append(youngest)
+            worker.opened = replace(opened, kv_bytes=0)
+        make_room(worker)
+        worker.opened = opened
+
+    monkeypatch.setattr(Worker, "_make_room", with_too_little)
+
+
+@pytest.mark.parametrize("purpose", ["score", "embed"])
+def test_what_is_read_again_after_a_pause_counts_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    ids = words(1200, seed=35)
+    request = engine.score_request(ids[:20], ids[20:]) if purpose == "score" else engine.embed_request(ids)
+    expected = engine.submit(request).result()
+    engine.forget()
+    paused_once_while_read(monkeypatch)
+    older = engine.complete(words(5), max_tokens=400, ignore_eos=True)
+    next(event for event in older if isinstance(event, Token))
+    paused = engine.stats()["requests"]["paused"]
+    found = engine.submit(request).result()
+    older.cancel()
+    assert engine.stats()["requests"]["paused"] == paused + 1
+    assert found.scores.logprobs == pytest.approx(expected.scores.logprobs, abs=1e-4)
+    assert found.scores.is_likeliest == expected.scores.is_likeliest
+    assert found.embedding == pytest.approx(expected.embedding, abs=1e-4)
+
+
 # Grammars and tools.
 
 

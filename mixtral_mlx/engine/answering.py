@@ -65,7 +65,7 @@ class Answering:
         self._draft: list[int] = []
         self._speculation: Speculation | Drafting | None = None
         self._shown = 0
-        self._hidden = np.zeros(1)
+        self._forget_what_was_read()
 
     @property
     def place(self) -> int:
@@ -141,8 +141,14 @@ class Answering:
     def pause(self) -> None:
         """Give up the cache; the tokens are read again when there is room."""
         self.cache, self.read = [], 0
+        self._forget_what_was_read()
         if self.drafting:
             self.drafting.let_go()
+
+    def _forget_what_was_read(self) -> None:
+        self._hidden = np.zeros(1)
+        self._logprobs: list[float] = []
+        self._is_likeliest: list[bool] = []
 
     def let_go(self) -> None:
         """Hold on to nothing of the model's any more: what has ended may be kept for as long as its reader likes."""
@@ -221,13 +227,18 @@ class Answering:
         for result in results:
             if self.request.purpose == "score":
                 logprobs, is_likeliest = (cast(list[Any], array.tolist()) for array in result)
-                self.channel.put(Scores(tuple(logprobs), tuple(is_likeliest)))
+                self._logprobs += logprobs
+                self._is_likeliest += is_likeliest
             else:
                 self._hidden = self._hidden + np.array(result[0], np.float64)
         if self.request.purpose != "answer" and not self.is_reading:
-            if self.request.purpose == "embed":
-                self.channel.put(Embedding(tuple((self._hidden / len(self.tokens)).tolist())))
+            self.channel.put(self._came_of_reading())
             self.finish("stop")
+
+    def _came_of_reading(self) -> Scores | Embedding:
+        if self.request.purpose == "score":
+            return Scores(tuple(self._logprobs), tuple(self._is_likeliest))
+        return Embedding(tuple((self._hidden / len(self.tokens)).tolist()))
 
     def sample(self, logits: mx.array, ahead: int = 0) -> list[Sampled]:
         """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""

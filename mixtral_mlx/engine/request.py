@@ -155,17 +155,10 @@ class Result:
             finish_reason=done.finish_reason,
             usage=done.usage,
             queued_seconds=done.queued_seconds,
-            scores=_joined([event for event in events if isinstance(event, Scores)]),
+            scores=next((event for event in events if isinstance(event, Scores)), Scores()),
             embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
             stop_text=done.stop_text,
         )
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    return Scores(
-        tuple(logprob for part in parts for logprob in part.logprobs),
-        tuple(is_likeliest for part in parts for is_likeliest in part.is_likeliest),
-    )
 
 
 def _calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
