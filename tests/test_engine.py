@@ -1000,6 +1000,34 @@ def test_an_adapter_that_cannot_be_used_is_refused_and_changes_nothing(
     assert engine.complete(words(40), max_tokens=5).result().tokens == before
 
 
+@pytest.mark.parametrize("code", ["bad_adapter", "over_budget"])
+def test_after_an_adapter_that_is_refused_there_is_none(folder: Path, tmp_path: Path, code: str) -> None:
+    plan = load_weights(folder).plan
+    parts = {**plan.parts, "kv cache": 4_000_000}
+    small = replace(plan, parts=parts, budget_bytes=sum(parts.values()), context=700)
+    good, bad = (write_adapter(tmp_path / name, folder, 1) for name in ("good", "bad"))
+    if code == "bad_adapter":
+        config = json.loads((bad / "adapter_config.json").read_text())
+        (bad / "adapter_config.json").write_text(json.dumps(config | {"num_layers": 2}))
+    else:
+        weights = mx.load(str(bad / "adapters.safetensors"))
+        assert isinstance(weights, dict)
+        mx.save_safetensors(str(bad / "adapters.safetensors"), {**weights, "wide": mx.zeros((1_000_000,))})
+    with load(folder, memory=small) as engine:
+
+        def ours() -> tuple[int, ...]:
+            return engine.complete(words(40), max_tokens=8, ignore_eos=True).result().tokens
+
+        expected, room = ours(), engine.memory().kv_limit_bytes
+        engine.use_adapter(good)
+        assert ours() != expected
+        assert code_of(lambda: engine.use_adapter(bad)) == code
+        assert engine.memory().kv_limit_bytes == room
+        assert ours() == expected
+        engine.use_adapter(good)
+        assert ours() != expected
+
+
 def test_the_harness_adapter_scores_and_continues(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     class LM:
         """Stands in for the harness, which is too large to test with: a base class without a say in anything."""

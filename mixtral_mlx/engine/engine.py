@@ -301,7 +301,7 @@ class Engine:
         """Put a LoRA adapter in mlx-lm's format into the model, or none; replaces the one that is there.
 
         Requests asked before it end with the one they began with; returns once it is done. Raises `MixtralError`, and
-        after an adapter that does not fit the model has none."""
+        after an adapter that does not fit the model, or its memory, has none."""
         if folder is not None and self._loading.share:
             raise _not_split("An adapter")
         adapter = Adapter.read(Path(folder).expanduser()) if folder is not None else None
@@ -309,7 +309,9 @@ class Engine:
 
         def swap(opened: Opened) -> None:
             opener.adapter, worker.adapter = None, ""
-            worker.opened = opener.adapted(opened, adapter)
+            # Out first: after one that is refused there is none, whatever it was refused for.
+            worker.opened = opener.adapted(opened, None)
+            worker.opened = opener.adapted(worker.opened, adapter)
             opener.adapter, worker.adapter = adapter, adapter.key if adapter else ""
 
         worker.call_between(swap).result()
