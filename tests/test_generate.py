@@ -304,6 +304,24 @@ def test_the_cache_can_be_quantized(tokenizer: Tokenizer, bits: int) -> None:
         ("stop", ("",)),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: float("nan")}),
+        ("temperature", None),
+        ("temperature", "0.7"),
+        ("temperature", True),
+        ("top_k", 1.5),
+        ("seed", 1.5),
+        ("max_tokens", 2.5),
+        ("max_tokens", "3"),
+        ("max_tokens", True),
+        ("top_logprobs", 1.5),
+        ("repetition_penalty", None),
+        ("stop", None),
+        ("stop", "END"),
+        ("stop", (1,)),
+        ("logit_bias", None),
+        ("logit_bias", {"5": 5}),
+        ("logit_bias", {5: "5"}),
+        ("logit_bias", {5: 10**400}),
+        ("ignore_eos", "no"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(name: str, value: Any) -> None:
@@ -322,7 +340,7 @@ def test_impossible_prompts_are_refused_before_anything_runs(model: Model, token
         with pytest.raises(GenerateError) as error:
             stream_generate(model, tokenizer, prompt)
         assert error.value.code == code
-    for options in ({"kv_bits": 3}, {"kv_bits": 4}, {"context": 1}, {"context": 10_000}):
+    for options in ({"kv_bits": 3}, {"kv_bits": 0}, {"kv_bits": 4}, {"context": 1}, {"context": 10_000}):
         with pytest.raises(GenerateError) as error:
             Conversation(model, **options)
         assert error.value.code == "bad_sampling"

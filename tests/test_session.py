@@ -188,8 +188,8 @@ def test_settings_are_shown_changed_and_taken_back(session: Session) -> None:
 
 
 def test_the_ranges_are_those_of_sampling() -> None:
-    ranges = {name: (low, high) for name, low, high in generate._RANGES if name in SETTINGS}
-    assert ranges == {name: (s.low, s.high) for name, s in SETTINGS.items() if s.kind is not str}
+    ranges = {name: (kind, low, high) for name, kind, low, high in generate._RANGES if name in SETTINGS}
+    assert ranges == {name: (s.kind, s.low, s.high) for name, s in SETTINGS.items() if s.kind is not str}
     assert set(SETTINGS) < set(vars(Sampling()))
 
 

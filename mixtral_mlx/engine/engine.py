@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..budget import Plan, in_gb, parse_size
 from ..config import Config, MixtralError
-from ..generate import GenerateError, Sampling, check_kv_bits, room_after
+from ..generate import GenerateError, Sampling, check_kv_bits, is_number, room_after
 from ..memory import CRITICAL, NORMAL, WARNING, Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from ..weights import Checkpoint, Loaded, Progress, Share, locate, relief
@@ -232,8 +232,8 @@ class Engine:
 
     def choices(self, n: int, request: Request) -> list[Reply]:
         """Answer a request `n` times; its prompt is read once. With a seed, the k-th is that of seed + k alone."""
-        if not 1 <= n <= self._limits.max_queue:
-            raise GenerateError(f"n is {n}, expected 1 to {self._limits.max_queue}.", code="bad_sampling")
+        if not (is_number(n, int) and 1 <= n <= self._limits.max_queue):
+            raise GenerateError(f"n is {n!r}, expected 1 to {self._limits.max_queue}.", code="bad_sampling")
         seed = _seed(request)
         each = [(seed + k) % (1 << 64) for k in range(n)]
         return self._submit([replace(request, sampling=replace(request.sampling, seed=one)) for one in each])
@@ -250,7 +250,9 @@ class Engine:
 
     def _with_defaults(self, request: Request) -> Request:
         sampling = replace(request.sampling, seed=_seed(request))
-        bits = request.kv_bits if request.max_kv else request.kv_bits or self._loading.kv_bits
+        bits = request.kv_bits
+        if bits is None and request.max_kv is None:
+            bits = self._loading.kv_bits
         return replace(request, sampling=sampling, kv_bits=bits)
 
     def _checked(self, request: Request) -> int:
@@ -260,8 +262,8 @@ class Engine:
         context = self.config.max_position_embeddings if window else self.context
         room = room_after(request.prompt, self.config.vocab_size, context, least=answers)
         check_kv_bits(self.config, request.kv_bits)
-        if window is not None and not 8 <= window <= self.context:
-            raise GenerateError(f"max_kv is {window}, expected 8 to {self.context:,}.", code="bad_sampling")
+        if window is not None and not (is_number(window, int) and 8 <= window <= self.context):
+            raise GenerateError(f"max_kv is {window!r}, expected 8 to {self.context:,}.", code="bad_sampling")
         if window and request.kv_bits:
             raise _not_together("kv_bits and max_kv", "a window cannot be quantized")
         if request.speculate not in (None, "n-gram", "draft"):
@@ -276,9 +278,9 @@ class Engine:
             raise _not_together("speculate and max_kv", "a window cannot take back what was guessed wrong")
         if request.speculate and self._limits.deterministic:
             raise _not_together("speculate and deterministic", "how much is guessed hangs on measured times")
-        if not 1 <= request.scored_from <= len(request.prompt):
+        if not (is_number(request.scored_from, int) and 1 <= request.scored_from <= len(request.prompt)):
             raise GenerateError(
-                f"scored_from is {request.scored_from}, expected 1 to {len(request.prompt)}.", code="bad_sampling"
+                f"scored_from is {request.scored_from!r}, expected 1 to {len(request.prompt)}.", code="bad_sampling"
             )
         if not answers:
             _check_reads_only(request)
@@ -603,8 +605,8 @@ def _close(worker: Worker, compilers: ThreadPoolExecutor) -> None:
 
 def _request(prompt: Sequence[int], settings: Settings) -> Request:
     asked: dict[str, Any] = dict(settings)
-    if "stop" in asked:
-        asked["stop"] = (asked["stop"],) if isinstance(asked["stop"], str) else tuple(asked["stop"])
+    if isinstance(stop := asked.get("stop"), Sequence):
+        asked["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if unknown := sorted(asked.keys() - Settings.__annotations__.keys()):
         raise GenerateError(
             f"There is no setting {unknown[0]!r}.", code="unknown_setting", hint=f"There are {_names()}."
