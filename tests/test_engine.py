@@ -189,6 +189,34 @@ def test_echo_repeats_the_text_first(engine: Engine) -> None:
     assert len(result.tokens) == 2
 
 
+@pytest.fixture
+def running_ahead(folder: Path) -> Iterator[Engine]:
+    """An engine whose model runs by itself, as on Metal; what it says is the same here."""
+    with load(folder) as engine:
+        assert engine.loaded
+        engine.loaded.model.runs_ahead = True
+        yield engine
+
+
+def test_a_pass_is_begun_before_the_next_is_described(
+    running_ahead: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, run, begin = list[str](), batch.run, mx.async_eval
+
+    def described(*arguments: Any) -> Any:
+        done.append("described")
+        return run(*arguments)
+
+    def begun(*arguments: Any) -> None:
+        done.append("begun")
+        begin(*arguments)
+
+    monkeypatch.setattr(batch, "run", described)
+    monkeypatch.setattr(mx, "async_eval", begun)
+    running_ahead.complete(words(5), max_tokens=4, ignore_eos=True).result()
+    assert done == ["described", "begun"] * 5  # One reads the prompt, four say what follows.
+
+
 # Together.
 
 
@@ -400,8 +428,8 @@ def paused_once_while_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_read_again_after_a_pause_counts_once(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, purpose: str
 ) -> None:
-    ids = words(1200, seed=35)
-    request = engine.score_request(ids[:20], ids[20:]) if purpose == "score" else engine.embed_request(ids)
+    ids = words(700, seed=35)
+    request = engine.score_request(ids[:450], ids[450:]) if purpose == "score" else engine.embed_request(ids)
     expected = engine.submit(request).result()
     engine.forget()
     paused_once_while_read(monkeypatch)

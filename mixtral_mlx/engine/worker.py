@@ -498,15 +498,17 @@ class Worker:
     # A pass.
 
     def _launch(self, group: Sequence[tuple[Answering, batch.Part]]) -> _Launched | None:
-        """Describe a pass to MLX; None where that already failed."""
+        """Describe a pass to MLX, which begins it where it runs by itself; None where that already failed."""
         assert self.opened
         begun = time.perf_counter()
         try:
             logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
+            results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
+            if self.opened.loaded.model.runs_ahead:
+                mx.async_eval(results, watched.arrays)  # Else its tokens would wait for the pass described next.
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return None
-        results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
         return _Launched(group, results, watched, begun)
 
     def _finish(self, launched: _Launched) -> None:
