@@ -217,6 +217,32 @@ def test_a_pass_is_begun_before_the_next_is_described(
     assert done == ["described", "begun"] * 5  # One reads the prompt, four say what follows.
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(repetition_penalty=1.5),
+        Sampling(presence_penalty=3.0),
+        Sampling(frequency_penalty=2.0, temperature=1.0, seed=5),
+        Sampling(logit_bias={421: 8.0}, presence_penalty=2.0, temperature=1.0, seed=5),
+    ],
+    ids=["repetition", "presence", "frequency", "bias"],
+)
+def test_penalties_and_a_bias_do_not_keep_the_next_pass_from_being_under_way(
+    running_ahead: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    sampling, ahead, launch = replace(sampling, max_tokens=30, ignore_eos=True), list[bool](), Worker._launch_ahead
+
+    def launched(worker: Worker, before: Any) -> Any:
+        ahead.append((following := launch(worker, before)) is not None)
+        return following
+
+    monkeypatch.setattr(Worker, "_launch_ahead", launched)
+    loaded, prompt = load_weights(folder), words(30)
+    expected = [chunk.token for chunk in stream_generate(loaded.model, Tokenizer.read(folder), prompt, sampling)]
+    assert list(running_ahead.submit(Request(tuple(prompt), sampling)).result().tokens) == expected
+    assert sum(ahead) == 29  # All but the first.
+
+
 # Together.
 
 
@@ -758,10 +784,10 @@ def failing_once(where: str, after: int) -> Iterator[list[str]]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes." if where == "memory" else "boom")
         return batch_run(model, parts)
 
-    def sample(self: Answering, logits: mx.array, ahead: int = 0) -> Any:
+    def sample(self: Answering, *arguments: Any) -> Any:
         if now(str(self.request.sampling.seed)):
             raise ValueError("boom")
-        return answering_sample(self, logits, ahead)
+        return answering_sample(self, *arguments)
 
     def mask(self: Matcher) -> Any:
         if now():

@@ -196,21 +196,20 @@ class Answering:
             or self.request.max_kv  # A window that has turned cannot take it back.
             or self._matcher
             or (self._speculation and self._speculation.would_draft(self._most_drafted, other_rows))
-            or self._sampler.processors
             or self.limit - self.place < 2
         )
         return None if seen or len(chosen) != 1 else Part(chosen[0][0], self.cache, 1)
 
     # What comes of it.
 
-    def results(self, part: Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
+    def results(self, part: Part, rows: mx.array, *, ahead: bool = False) -> list[Sampled]:
         """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet.
 
-        `ahead` is how many tokens before `part` nobody has seen yet."""
+        `ahead` is whether nobody has seen the ids of `part` yet."""
         if not len(rows):
             return []
         if not self.is_reading:
-            return self.sample(rows, ahead)
+            return self.sample(rows, cast(mx.array, part.ids) if ahead else None)
         if self.request.purpose == "embed":
             return [(rows.astype(mx.float32).sum(axis=0),)]
         end = self.read + len(part.ids)
@@ -240,17 +239,21 @@ class Answering:
             return Scores(tuple(self._logprobs), tuple(self._is_likeliest))
         return Embedding(tuple((self._hidden / len(self.tokens)).tolist()))
 
-    def sample(self, logits: mx.array, ahead: int = 0) -> list[Sampled]:
-        """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""
+    def sample(self, logits: mx.array, unseen: mx.array | None = None) -> list[Sampled]:
+        """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right.
+
+        The last token may be one that is still being computed, `unseen` (1,)."""
+        place = self.place + (unseen is not None)
         return [
-            self._sampler.sample(logits[n : n + 1], self.place + ahead + n, self._before(n), allowed)
+            self._sampler.sample(logits[n : n + 1], place + n, self._before(n, unseen), allowed)
             for n, allowed in enumerate(self._allowed())
         ]
 
-    def _before(self, guesses: int) -> mx.array:
+    def _before(self, guesses: int, unseen: mx.array | None) -> mx.array:
         if not self._sampler.processors:
             return mx.array([], mx.uint32)
-        return mx.array([*self.tokens[-_LOOK_BACK:], *self._draft[:guesses]])
+        before = mx.array([*self.tokens[-_LOOK_BACK:], *self._draft[:guesses]], mx.uint32)
+        return before if unseen is None else mx.concatenate([before, unseen])
 
     def _allowed(self) -> list[mx.array | None]:
         """For each place the tokens that may come there, or None where all may."""

@@ -543,13 +543,13 @@ class Worker:
         if len(group) < len(launched.group):
             return None  # What the others need has to be seen first.
         logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
-        results = [self._results(a, part, rows, ahead=1) for (a, part), rows in zip(group, logits, strict=True)]
+        results = [self._results(a, part, rows, ahead=True) for (a, part), rows in zip(group, logits, strict=True)]
         mx.async_eval(results, watched.arrays)
         return _Launched(group, results, watched, time.perf_counter())
 
-    def _results(self, answering: Answering, part: batch.Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
+    def _results(self, answering: Answering, part: batch.Part, rows: mx.array, *, ahead: bool = False) -> list[Sampled]:
         try:
-            return answering.results(part, rows, ahead)
+            return answering.results(part, rows, ahead=ahead)
         except Exception as error:  # A grammar's or a sampler's: this request's alone.
             self._end(answering, error)
             return []
