@@ -32,7 +32,7 @@ class GenerateError(MixtralError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens and when to stop. A `temperature` of 0 takes the likeliest token each time.
+    """How to choose tokens and when to stop. A `temperature` or a `top_p` of 0 takes the likeliest token each time.
 
     The three penalties look back over the last 20 tokens, as mlx-lm's do. `max_tokens` of None means up to the end of
     the context; before `min_tokens` the model cannot end, though a stop string may. Raises `GenerateError` for values
@@ -395,7 +395,8 @@ class Sampler:
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self.num_top = min(sampling.top_logprobs, vocab_size - 1)
         self.choose = make_sampler(
-            temp=sampling.temperature,
+            # A top_p of 0, which mlx-lm takes for none, leaves the likeliest token alone.
+            temp=sampling.temperature if sampling.top_p else 0.0,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             top_k=sampling.top_k if sampling.top_k < vocab_size else 0,

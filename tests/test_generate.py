@@ -346,6 +346,13 @@ def test_impossible_prompts_are_refused_before_anything_runs(model: Model, token
         assert error.value.code == "bad_sampling"
 
 
+def test_a_top_p_of_0_takes_the_likeliest_token(model: Model, tokenizer: Tokenizer) -> None:
+    likeliest = tokens_of(run(model, tokenizer))
+    for top_p in (0, 0.0, 1e-6):
+        assert tokens_of(run(model, tokenizer, top_p=top_p, temperature=100.0, seed=3)) == likeliest
+    assert tokens_of(run(model, tokenizer, top_p=0, top_k=5, temperature=100.0, seed=3)) == likeliest
+
+
 def test_top_k_beyond_the_vocabulary_means_all_of_it(model: Model, tokenizer: Tokenizer) -> None:
     wide = run(model, tokenizer, top_k=50_000, temperature=1.0, seed=3)
     assert tokens_of(wide) == tokens_of(run(model, tokenizer, temperature=1.0, seed=3))

@@ -220,8 +220,11 @@ def test_what_is_left_out_is_as_these_apis_have_it(demo: Engine) -> None:
 
 
 def test_a_top_p_of_0_leaves_the_likeliest_token_alone(demo: Engine) -> None:
-    for extra in ({}, {"top_k": 5}):
-        assert understood(CHAT, {**LEAST[CHAT], **extra, "top_p": 0}, demo).asked[0][0].sampling.top_k == 1
+    for path in (CHAT, RESPONSES, MESSAGES, COMPLETIONS):
+        asked = understood(path, {**LEAST[path], "top_p": 0, "seed": 4}, demo).asked[0][0]
+        likeliest = replace(asked, sampling=replace(asked.sampling, temperature=0.0, max_tokens=5))
+        bold = replace(asked, sampling=replace(asked.sampling, temperature=100.0, max_tokens=5))
+        assert demo.submit(bold).result().tokens == demo.submit(likeliest).result().tokens
 
 
 @pytest.mark.parametrize("path", LEAST)
