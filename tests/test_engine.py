@@ -888,6 +888,21 @@ def test_an_engine_that_nobody_has_ends(folder: Path) -> None:
     until(lambda: active_threads() == threads)
 
 
+@pytest.mark.parametrize("how", ["read", "dropped"])
+def test_a_reply_keeps_its_engine_until_it_has_been_read_or_dropped(folder: Path, how: str) -> None:
+    engine = load(folder)
+    worker, reply = engine._worker, engine.complete(words(5), max_tokens=8, ignore_eos=True)
+    del engine
+    gc.collect()
+    assert isinstance(next(event for event in reply if isinstance(event, Token)), Token)
+    assert worker.is_alive
+    if how == "read":
+        assert len(reply.result().tokens) == 8
+    else:
+        del reply
+    until(lambda: not worker.is_alive)
+
+
 def load_and_close(folder: Path, times: int) -> None:
     def once() -> tuple[int, int, int]:
         with load(folder) as engine:

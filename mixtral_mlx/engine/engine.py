@@ -246,7 +246,7 @@ class Engine:
             for request, limit in zip(requests, limits, strict=True)
         ]
         self._worker.submit(*answerings)
-        return [Reply(answering.channel) for answering in answerings]
+        return [Reply(answering.channel, self) for answering in answerings]
 
     def _with_defaults(self, request: Request) -> Request:
         sampling = replace(request.sampling, seed=_seed(request))
