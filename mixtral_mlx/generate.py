@@ -5,7 +5,6 @@ at once, queues and threads are left to others; use a model on the thread that l
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -198,10 +198,9 @@ def running_ahead(folder: Path) -> Iterator[Engine]:
         yield engine
 
 
-def test_a_pass_is_begun_before_the_next_is_described(
-    running_ahead: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done, run, begin = list[str](), batch.run, mx.async_eval
+def test_a_pass_is_begun_before_the_next_is_described(running_ahead: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, run = list[str](), batch.run
+    begin: Any = mx.async_eval
 
     def described(*arguments: Any) -> Any:
         done.append("described")

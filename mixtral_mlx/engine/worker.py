@@ -319,6 +319,7 @@ class Worker:
         return self.opened
 
     def _unload(self) -> None:
+        self._drop_cancelled()
         if self._running or self._waiting:
             raise EngineError("Requests are running.", code="busy", hint="Cancel them first.", retryable=True)
         self._let_go()
