@@ -35,6 +35,8 @@ _KEPT_AT_START = 4  # What a window never gives up, as mlx-lm's: the model leans
 _LOOK_BACK = 20  # So far penalties look, as mlx-lm's do.
 _MOST_DRAFTED = 16
 _FORBIDDEN = -1e9
+_CUT = ("length", "cancelled")
+"""Reasons for which a text ends where it would have gone on."""
 
 
 class Answering:
@@ -64,6 +66,7 @@ class Answering:
         self._clock: Clock | None = None
         self._draft: list[int] = []
         self._speculation: Speculation | Drafting | None = None
+        self._calls: ToolCallStream | None = None
         self._shown = 0
         self._forget_what_was_read()
 
@@ -113,7 +116,6 @@ class Answering:
         self._ends = sorted(ends)
         self._text = Text(tokenizer, request.prompt, sampling, self.limit, ends)
         self._speculation = self._speculating(draft)
-        self._calls: ToolCallStream | None = None
         self._queued_seconds = time.perf_counter() - self._asked_at
         self.has_started = True
 
@@ -302,21 +304,24 @@ class Answering:
             self._matcher.advance(step.token)
             if self._matcher.must_end:
                 text, reason = text + self._text.rest(), "stop"
-        self.channel.put(Token(self._apart(text, bool(reason)), step.token, step.logprob, step.top_logprobs))
+        self.channel.put(Token(self._apart(text, reason), step.token, step.logprob, step.top_logprobs))
         if reason:
             called = reason == "stop" and self._calls and self._calls.calls
             self.finish("tool_calls" if called else reason, self._text.stops.hit)
         return reason is None
 
-    def _apart(self, text: str, last: bool) -> str:
-        """The part of `text` that is no tool call; calls are put out by themselves."""
+    def _apart(self, text: str, reason: str | None) -> str:
+        """The part of `text`, which is the last if there is a `reason`, that is no tool call; calls are put out by
+        themselves."""
         start = self._text.detokenizer.tool_calls_at if self.request.rules.tools else None
         before = len(text) if start is None else max(start - self._shown, 0)
         self._shown += len(text)
         if start is None:
             return text
         self._calls = self._calls or ToolCallStream()
-        found = [*self._calls.feed(text[before:]), *(self._calls.finish() if last else [])]
+        found = self._calls.feed(text[before:])
+        if reason:
+            found += self._calls.finish(cut=reason in _CUT)
         for delta in found:
             if not isinstance(delta, str):
                 self.channel.put(delta)
@@ -327,11 +332,12 @@ class Answering:
     def finish(self, reason: str, stop_text: str = "") -> None:
         """Say that it has ended, and with which stop string, if with one."""
         self.finished = True
-        self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text))
+        cut_call = self._calls.begun if self._calls and reason in _CUT else None
+        self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text, cut_call))
 
     def cancel(self) -> None:
         """End it as its reader asked, with the text that was held back."""
-        if self.has_started and (rest := self._apart(self._text.rest(), last=True)):
+        if self.has_started and (rest := self._apart(self._text.rest(), "cancelled")):
             self.channel.put(events.Text(rest))
         self.finish("cancelled")
 

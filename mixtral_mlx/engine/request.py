@@ -113,12 +113,13 @@ class Embedding:
 class Done:
     """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled".
 
-    `stop_text` is the stop string, if one ended it."""
+    `stop_text` is the stop string, if one ended it; `cut_call` the number of the tool call that came in part only."""
 
     finish_reason: str
     usage: Usage
     queued_seconds: float = 0.0
     stop_text: str = ""
+    cut_call: int | None = None
 
 
 Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Done
@@ -126,7 +127,9 @@ Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Don
 
 @dataclass(frozen=True)
 class Result:
-    """A whole answer. `logprobs` and `top_logprobs` have an entry for each of its `tokens`."""
+    """A whole answer. `logprobs` and `top_logprobs` have an entry for each of its `tokens`.
+
+    Of `tool_calls` the one numbered `cut_call` is not complete: `max_tokens` or a cancellation ended it."""
 
     text: str
     tokens: tuple[int, ...]
@@ -139,6 +142,7 @@ class Result:
     scores: Scores
     embedding: tuple[float, ...]
     stop_text: str = ""
+    cut_call: int | None = None
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Result:
@@ -158,6 +162,7 @@ class Result:
             scores=next((event for event in events if isinstance(event, Scores)), Scores()),
             embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
             stop_text=done.stop_text,
+            cut_call=done.cut_call,
         )
 
 

@@ -160,6 +160,7 @@ class ToolCallStream:
         self.calls: list[ToolCall] = []
         self.is_complete = False
         """Whether the text so far is a whole list of calls."""
+        self._begun = 0
         self._held: list[str] = []
         self._deltas: list[ToolCallDelta] = []
         self._failed = False
@@ -179,10 +180,15 @@ class ToolCallStream:
                 return [*self._take_deltas(), self._take_held() + text[place:]]
         return self._take_deltas()
 
-    def finish(self) -> list[ToolCallDelta | str]:
-        """The text ends here; returns what was held back."""
+    @property
+    def begun(self) -> int | None:
+        """The number of the call that was begun last, if it is not complete and may still become so."""
+        return self._begun - 1 if self._begun > len(self.calls) and not self._failed else None
+
+    def finish(self, *, cut: bool = False) -> list[ToolCallDelta | str]:
+        """The text ends here; returns what was held back. Where it was `cut`, that is no text, but part of a call."""
         text = self._take_held()
-        return [] if self.is_complete or not text else [text]
+        return [] if cut or self.is_complete or not text else [text]
 
     def _read(self) -> _Reader[None]:
         char = yield from _next()
@@ -232,6 +238,7 @@ class ToolCallStream:
         if not FUNCTION_NAME.fullmatch(name):
             raise _NoCallsError
         call.name, call.id = name, call.id or new_call_id()
+        self._begun = call.index + 1
         self._give(ToolCallDelta(call.index, call.id, name, "".join(call.arguments)))
 
     def _add_arguments(self, call: _Call, value: _Value, char: str) -> None:
