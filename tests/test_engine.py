@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -43,6 +43,7 @@ from mixtral_mlx.engine.request import (
     Token,
     ToolCallDelta,
 )
+from mixtral_mlx.engine.tools import ToolChoice
 from mixtral_mlx.engine.worker import Worker
 from mixtral_mlx.generate import Conversation, Sampling, Usage, stream_generate
 from mixtral_mlx.memory import rss_bytes
@@ -538,6 +539,14 @@ def test_a_required_tool_is_called(tmp_path: Path, parallel: bool) -> None:
         (lambda engine: engine.submit(Request((1, 2), Sampling(max_tokens=3), purpose="embed")), "bad_request"),
         (lambda engine: engine.submit(Request((1, 2), purpose="score", scored_from=3)), "bad_sampling"),
         (lambda engine: engine.chat([{"role": "assistant", "tool_calls": [{"nam": "x"}]}]), "bad_message"),
+        (lambda engine: engine.chat("x", tools=[{"nam": "x"}]), "bad_tool"),
+        (lambda engine: engine.chat("x", tools=["x"]), "bad_tool"),
+        (lambda engine: engine.chat("x", tool_choice={"type": "function"}), "bad_tool_choice"),
+        (lambda engine: engine.chat("x", tools=[Tool("f", "", None)]), "bad_tool_parameters"),  # type: ignore[arg-type]
+        (lambda engine: engine.chat("x", tools=[Tool(5, "", {})]), "bad_tool_name"),  # type: ignore[arg-type]
+        (lambda engine: engine.chat("x", response_format={"type": "json_object"}), "bad_response_format"),
+        (lambda engine: engine.chat("x", response_format="json_object"), "bad_response_format"),
+        (lambda engine: engine.submit(Request((1,), response_format={"kind": "regex"})), "bad_response_format"),  # type: ignore[arg-type]
         (lambda engine: engine.complete("x", temperature=-1), "bad_sampling"),
         (lambda engine: engine.complete("x", hurry=True), "unknown_setting"),
         (lambda engine: engine.chat([{"role": "user", "contents": "x"}]), "bad_message"),
@@ -555,11 +564,11 @@ def test_a_deterministic_engine_guesses_nothing(folder: Path) -> None:
         assert code_of(lambda: engine.complete("x", speculate="n-gram")) == "bad_sampling"
 
 
-def test_calls_in_a_conversation_may_be_mappings(tmp_path: Path) -> None:
+def test_what_has_fields_may_be_a_mapping_of_them(tmp_path: Path) -> None:
     with load(write_tiny(tmp_path / "model", replace(CONFIG, vocab_size=32768), tokenizer="v3")) as engine:
         call = {"name": "weather", "arguments": "{}", "id": "abcdefghi"}
         told: list[dict[str, Any]] = [
-            {"role": "user", "content": "Weather?"},
+            {"role": "user", "content": "Weather?", "tool_calls": None},
             {"role": "assistant", "tool_calls": [call]},
             {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi"},
         ]
@@ -568,8 +577,12 @@ def test_calls_in_a_conversation_may_be_mappings(tmp_path: Path) -> None:
             Message("assistant", tool_calls=(ToolCall(**call),)),
             Message("tool", "sunny", tool_call_id="abcdefghi"),
         ]
-        requests = [engine.chat_request(told), engine.chat_request(made)]
-    assert requests[0] == requests[1]
+        assert engine.chat_request(told) == engine.chat_request(made)
+        tool, choice = asdict(WEATHER), {"mode": "required", "function": "weather"}
+        expected = engine.chat_request(made, tools=[WEATHER], tool_choice=ToolChoice.of("weather"))
+        assert engine.chat_request(told, tools=[tool], tool_choice=choice) == expected
+        expected = engine.chat_request(made, response_format=Format("json_object"))
+        assert engine.chat_request(told, response_format={"kind": "json_object"}) == expected
 
 
 def test_a_thread_whose_work_failed_is_not_used_again() -> None:

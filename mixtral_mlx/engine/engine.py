@@ -35,7 +35,7 @@ from .tools import ToolChoice, tool_rules
 from .worker import Limits, Opened, Worker
 
 Messages = str | Sequence[Message | Mapping[str, Any]]
-"""A user's message, or a conversation; mappings have the fields of `Message`."""
+"""A user's message, or a conversation; mappings have the fields of `Message`, as those of tools have `Tool`'s."""
 _T = TypeVar("_T")
 _CHUNK_TOKENS = 512
 """Tokens in a pass where experts are in memory: few enough not to hold other streams up for long."""
@@ -63,7 +63,7 @@ class Settings(TypedDict, total=False):
     kv_bits: int | None
     max_kv: int | None
     speculate: Literal["n-gram", "draft"] | None
-    response_format: Format | None
+    response_format: Format | Mapping[str, Any] | None
 
 
 _SAMPLING = frozenset(field.name for field in fields(Sampling))
@@ -156,8 +156,8 @@ class Engine:
         self,
         messages: Messages,
         *,
-        tools: Sequence[Tool] = (),
-        tool_choice: str | ToolChoice = "auto",
+        tools: Sequence[Tool | Mapping[str, Any]] = (),
+        tool_choice: str | ToolChoice | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         **settings: Unpack[Settings],
     ) -> Reply:
@@ -178,13 +178,15 @@ class Engine:
         self,
         messages: Messages,
         *,
-        tools: Sequence[Tool] = (),
-        tool_choice: str | ToolChoice = "auto",
+        tools: Sequence[Tool | Mapping[str, Any]] = (),
+        tool_choice: str | ToolChoice | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         **settings: Unpack[Settings],
     ) -> Request:
         """What `chat` asks, to be handed to `submit` or `choices`."""
-        choice = ToolChoice.of(tool_choice) if isinstance(tool_choice, str) else tool_choice
+        tools = [_made(Tool, tool, "tool", "bad_tool") for tool in tools or ()]
+        chosen = ToolChoice.of(tool_choice) if isinstance(tool_choice, str) else tool_choice
+        choice = _made(ToolChoice, chosen, "tool_choice", "bad_tool_choice")
         if not (choice.parallel and parallel_tool_calls):
             # Only a grammar keeps a model from calling several at once.
             choice = replace(choice, parallel=False, strict=choice.strict or bool(tools))
@@ -266,6 +268,11 @@ class Engine:
             raise GenerateError(f"max_kv is {window!r}, expected 8 to {self.context:,}.", code="bad_sampling")
         if window and request.kv_bits:
             raise _not_together("kv_bits and max_kv", "a window cannot be quantized")
+        if not isinstance(request.response_format, Format | None):
+            raise EngineError(
+                f"response_format is a {type(request.response_format).__name__}, expected a Format.",
+                code="bad_response_format",
+            )
         if request.speculate not in (None, "n-gram", "draft"):
             raise GenerateError(f"speculate is {request.speculate!r}, expected n-gram or draft.", code="bad_sampling")
         if request.speculate == "draft" and not self._draft:
@@ -611,6 +618,8 @@ def _request(prompt: Sequence[int], settings: Settings) -> Request:
         raise GenerateError(
             f"There is no setting {unknown[0]!r}.", code="unknown_setting", hint=f"There are {_names()}."
         )
+    if asked.get("response_format") is not None:
+        asked["response_format"] = _made(Format, asked["response_format"], "response_format", "bad_response_format")
     sampling = Sampling(**{name: value for name, value in asked.items() if name in _SAMPLING})
     return Request(tuple(prompt), sampling, **{name: value for name, value in asked.items() if name not in _SAMPLING})
 
@@ -627,21 +636,25 @@ def _seed(request: Request) -> int:
 def _as_messages(messages: Messages) -> list[Message]:
     if isinstance(messages, str):
         return [Message("user", messages)]
-    made = [_made(Message, message, "message") for message in messages]
+    made = [_made(Message, message, "message", "bad_message") for message in messages]
     return [
-        replace(message, tool_calls=tuple(_made(ToolCall, call, "tool call") for call in message.tool_calls))
+        replace(
+            message,
+            tool_calls=tuple(_made(ToolCall, call, "tool call", "bad_message") for call in message.tool_calls or ()),
+        )
         for message in made
     ]
 
 
-def _made(cls: type[_T], given: _T | Mapping[str, Any], what: str) -> _T:
+def _made(cls: type[_T], given: _T | Mapping[str, Any], what: str, code: str) -> _T:
     """`given`, made of its fields where it is a mapping."""
     if isinstance(given, cls):
         return given
     try:
         return cls(**given)  # type: ignore[arg-type]
     except TypeError as error:
-        raise GenerateError(f"There is no such {what}: {error}.", code="bad_message") from None
+        names = ", ".join(field.name for field in fields(cls))  # type: ignore[arg-type]
+        raise GenerateError(f"There is no such {what}: {error}.", code=code, hint=f"It has {names}.") from None
 
 
 def _never() -> bool:

@@ -85,13 +85,20 @@ def tool_rules(tools: Sequence[Tool], choice: ToolChoice, tokenizer: Tokenizer) 
 def _check(tools: Sequence[Tool], choice: ToolChoice) -> None:
     names = [tool.name for tool in tools]
     for place, name in enumerate(names):
-        if not FUNCTION_NAME.fullmatch(name):
+        if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
             raise ToolError(
                 f"A tool is named {name!r}, expected 1 to 64 letters, digits, - and _.", code="bad_tool_name"
             )
         if name in names[:place]:
             raise ToolError(
                 f"Two tools are named {name}.", code="duplicate_tool", hint="Give each function a name of its own."
+            )
+    for tool in tools:
+        if not isinstance(tool.parameters, dict):
+            raise ToolError(
+                f"The parameters of the tool {tool.name} are a {type(tool.parameters).__name__}, expected a dict.",
+                code="bad_tool_parameters",
+                hint="Give a JSON schema of the arguments, {} if there are none.",
             )
     if choice.mode == "required" and not tools:
         raise ToolError(
