@@ -20,7 +20,9 @@ from mixtral_mlx.engine.reply import Channel, Reply
 from mixtral_mlx.engine.request import Request
 from mixtral_mlx.engine.tools import ToolCallDelta, ToolCallStream, ToolChoice, ToolError, ToolRules, tool_rules
 from mixtral_mlx.generate import Sampling, Step
-from mixtral_mlx.prompt import PromptError, Tokenizer, Tool, ToolCall, parse_tool_calls
+from mixtral_mlx.prompt import PromptError, Tokenizer, Tool, ToolCall
+
+from .whole_calls import parse_tool_calls
 
 WEATHER = Tool(
     "get_weather",

@@ -1,7 +1,7 @@
 """Tool calls: which functions the model may or must call, a grammar that holds it to that, and calls while they come.
 
 Only for tokenizers with a `[TOOL_CALLS]` token (v3, Mixtral 8x22B). Returns grammars as Lark text and never runs them;
-how tools are told to the model, and a whole reply's calls, are prompt.py's."""
+how tools are told to the model is prompt.py's."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class ToolCallDelta:
 class ToolCallStream:
     """Text after `[TOOL_CALLS]` in, in any parts; calls out, as soon as they are known.
 
-    `calls` are the complete ones, as `parse_tool_calls` would find them, but with arguments as the model wrote them.
+    `calls` are the complete ones, as reading the whole text at once would find them, but with arguments as written.
     What is no list of calls comes out as text, all of it that no call was made of. An id written after the name comes
     too late to be used."""
 
