@@ -435,8 +435,9 @@ def test_where_there_is_not_room_for_all_the_youngest_wait_and_lose_nothing(fold
         assert engine.stats()["requests"]["paused"] > 0
 
 
-def paused_once_while_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the room from the youngest request, once, when it has read the first part of its tokens."""
+def paused_once_while_read(monkeypatch: pytest.MonkeyPatch) -> list[Answering]:
+    """Take the room from the youngest request, once, when it has read the first part of its tokens; it is in the list
+    then."""
     make_room, done = Worker._make_room, list[Answering]()
 
     def with_too_little(worker: Worker) -> None:
@@ -448,6 +449,7 @@ def paused_once_while_read(monkeypatch: pytest.MonkeyPatch) -> None:
         worker.opened = opened
 
     monkeypatch.setattr(Worker, "_make_room", with_too_little)
+    return done
 
 
 @pytest.mark.parametrize("purpose", ["score", "embed"])
@@ -468,6 +470,22 @@ def test_what_is_read_again_after_a_pause_counts_once(
     assert found.scores.logprobs == pytest.approx(expected.scores.logprobs, abs=1e-4)
     assert found.scores.is_likeliest == expected.scores.is_likeliest
     assert found.embedding == pytest.approx(expected.embedding, abs=1e-4)
+
+
+def test_a_request_that_is_cancelled_while_it_is_paused_holds_on_to_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused, start = paused_once_while_read(monkeypatch), Worker._start
+    monkeypatch.setattr(Worker, "_start", lambda worker, one: one not in paused and start(worker, one))
+    older = engine.complete(words(5), max_tokens=400, ignore_eos=True)
+    next(event for event in older if isinstance(event, Token))
+    younger = engine.complete(words(700, seed=36), max_tokens=5, speculate="n-gram")
+    until(lambda: bool(paused) and engine.health().queued == 1)
+    assert paused[0]._speculation
+    younger.cancel()
+    assert younger.result().finish_reason == "cancelled"
+    until(lambda: not paused[0]._speculation)
+    older.cancel()
 
 
 # Grammars and tools.

@@ -172,10 +172,7 @@ class Worker:
 
     def cancel(self, answering: Answering) -> None:
         """A request's reader wants no more of it: it ends at once where it waits, else before the next step."""
-        queued = self._take_from_queue(answering)
-        if queued:
-            self.counts.cancelled += 1
-            answering.cancel()
+        self._cancel_waiting(answering)
         self.wake()
 
     def wake(self) -> None:
@@ -242,6 +239,12 @@ class Worker:
             self._waiting.remove(answering)
             return True
         return False
+
+    def _cancel_waiting(self, answering: Answering) -> None:
+        if self._take_from_queue(answering):
+            self.counts.cancelled += 1
+            answering.cancel()
+            answering.let_go()  # It may have run before, and been paused.
 
     # The thread.
 
@@ -350,9 +353,8 @@ class Worker:
         with self._changed:
             waiting = list(self._waiting)
         for answering in waiting:
-            if answering.channel.is_cancelled and self._take_from_queue(answering):
-                self.counts.cancelled += 1
-                answering.cancel()
+            if answering.channel.is_cancelled:
+                self._cancel_waiting(answering)
 
     # Who runs.
 
