@@ -32,7 +32,7 @@ from mixtral_mlx.convert.perplexity import perplexity
 from mixtral_mlx.engine import batch, parking
 from mixtral_mlx.engine.answering import Answering
 from mixtral_mlx.engine.engine import Engine, load
-from mixtral_mlx.engine.grammar import Format, GrammarError, Matcher
+from mixtral_mlx.engine.grammar import Compiler, Format, GrammarError, Matcher
 from mixtral_mlx.engine.reply import Channel, Reply
 from mixtral_mlx.engine.request import (
     Done,
@@ -508,6 +508,37 @@ def test_a_bad_format_ends_its_own_request_only(engine: Engine) -> None:
     bad = engine.complete(words(5), response_format=Format("regex", "("))
     assert failing(bad) == "bad_grammar"
     assert good.result().finish_reason
+
+
+def test_choices_have_their_grammar_compiled_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, compile_one = list[Format](), Compiler.compiled
+
+    def compiled(compiler: Compiler, format: Format, **how: Any) -> Any:
+        asked.append(format)
+        return compile_one(compiler, format, **how)
+
+    monkeypatch.setattr(Compiler, "compiled", compiled)
+    request = engine.completion_request("?", response_format=Format("choice", ["red apple", "green pear"]))
+    assert {reply.text() for reply in engine.choices(4, request)} <= {"red apple", "green pear"}
+    assert len(asked) == 1
+
+
+def test_an_idle_engine_waits_for_a_grammar_without_looking_again_and_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, compile_one = threading.Event(), Compiler.compiled
+
+    def compiled(*arguments: Any, **how: Any) -> Any:
+        assert go.wait(30)
+        return compile_one(*arguments, **how)
+
+    monkeypatch.setattr(Compiler, "compiled", compiled)
+    with load(folder, idle_unload_s=0) as engine:
+        reply = engine.complete("?", response_format=Format("choice", ["red apple"]))
+        assert on_thread(engine, lambda: engine._worker._until_unload(0.0)) is None
+        go.set()
+        assert reply.text() == "red apple"
+        until(lambda: engine.health().state == "unloaded")
 
 
 @pytest.mark.parametrize("parallel", [True, False])

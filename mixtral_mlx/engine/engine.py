@@ -243,8 +243,9 @@ class Engine:
     def _submit(self, requests: Sequence[Request]) -> list[Reply]:
         requests = [self._with_defaults(request) for request in requests]
         limits = [self._checked(request) for request in requests]
+        grammar = self._compiled(requests[0])  # They differ in their seeds only.
         answerings = [
-            _answering(request, limit, self._compiled(request), self._passes, self._worker)
+            _answering(request, limit, grammar, self._passes, self._worker)
             for request, limit in zip(requests, limits, strict=True)
         ]
         self._worker.submit(*answerings)

@@ -287,8 +287,8 @@ class Worker:
 
     def _until_unload(self, idle_since: float) -> float | None:
         after = 0.0 if self._unload_when_idle else self.limits.idle_unload_s
-        if after is None or self.opened is None:
-            return None
+        if after is None or self.opened is None or self._waiting:
+            return None  # What waits, for its grammar, is not idle.
         return max(idle_since + after - time.monotonic(), 0)
 
     def _step(self) -> None:
