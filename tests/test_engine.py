@@ -940,6 +940,15 @@ def test_closing_ends_requests_and_threads(folder: Path) -> None:
     assert active_threads() == threads
 
 
+def test_whatever_is_asked_once_another_machine_was_lost_says_so(folder: Path) -> None:
+    with load(folder) as engine:
+        engine._worker.lose(EngineError("Rank 1 was lost.", code="rank_lost"))
+        for ask in (lambda: engine.complete("x"), engine.load, engine.forget, engine.unload):
+            assert code_of(ask) == "rank_lost"
+        engine.close()
+        assert code_of(lambda: engine.complete("x", response_format=SHORT_OBJECT)) == "rank_lost"
+
+
 def test_an_engine_that_nobody_has_ends(folder: Path) -> None:
     threads = active_threads()
     engine = load(folder)

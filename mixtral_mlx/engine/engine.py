@@ -184,13 +184,13 @@ class Engine:
         **settings: Unpack[Settings],
     ) -> Request:
         """What `chat` asks, to be handed to `submit` or `choices`."""
-        tools = [_made(Tool, tool, "tool", "bad_tool") for tool in tools or ()]
+        offered = [_made(Tool, tool, "tool", "bad_tool") for tool in tools or ()]
         chosen = ToolChoice.of(tool_choice) if isinstance(tool_choice, str) else tool_choice
         choice = _made(ToolChoice, chosen, "tool_choice", "bad_tool_choice")
         if not (choice.parallel and parallel_tool_calls):
             # Only a grammar keeps a model from calling several at once.
-            choice = replace(choice, parallel=False, strict=choice.strict or bool(tools))
-        rules = tool_rules(tools, choice, self.tokenizer)
+            choice = replace(choice, parallel=False, strict=choice.strict or bool(offered))
+        rules = tool_rules(offered, choice, self.tokenizer)
         if rules.tools and settings.get("response_format"):
             raise EngineError(
                 "Both tools and a response_format were given, and a reply cannot be held to both.",
@@ -305,7 +305,7 @@ class Engine:
         try:
             return self._compilers.submit(self._compiler.compiled, asked, begins=begins)
         except RuntimeError:
-            raise EngineError("The engine is closed.", code="closed", hint="Load the model again.") from None
+            raise self._worker.why_closed() from None
 
     def use_adapter(self, folder: str | Path | None) -> None:
         """Put a LoRA adapter in mlx-lm's format into the model, or none; replaces the one that is there.

@@ -159,7 +159,7 @@ class Worker:
         """Have requests answered, all of them or none; raises `EngineError` where they cannot even wait."""
         with self._changed:
             if self._closing:
-                raise self.lost or _closed()
+                raise self.why_closed()
             if len(self._waiting) + len(answerings) > self.limits.max_queue:
                 raise EngineError(
                     f"{len(self._waiting)} requests wait already, and no more than {self.limits.max_queue} may.",
@@ -216,6 +216,10 @@ class Worker:
             if not answering.finished:
                 answering.fail(error)
 
+    def why_closed(self) -> MixtralError:
+        """What everything ends with that is asked once this has ended."""
+        return self.lost or EngineError("The engine is closed.", code="closed", hint="Load the model again.")
+
     def _call(self, function: Callable[[], T], queue: Callable[[Callable[[], object]], None]) -> Future[T]:
         future: Future[T] = Future()
 
@@ -229,7 +233,7 @@ class Worker:
 
         with self._changed:
             if self._closing:
-                raise _closed()
+                raise self.why_closed()
             queue(run)
             self._changed.notify_all()
         return future
@@ -257,7 +261,7 @@ class Worker:
             except BaseException as error:
                 self._break_off(self._running, error)
             self.busy_since = None
-        self._break_off([*self._running, *self._waiting], _closed())
+        self._break_off([*self._running, *self._waiting], self.why_closed())
         self._waiting.clear()
         for call in (*self._calls, *(call for call, _ in self._calls_between)):
             call()  # They find the engine closed.
@@ -309,7 +313,7 @@ class Worker:
 
     def _open(self) -> Opened:
         if self._closing:
-            raise _closed()
+            raise self.why_closed()
         if self.opened is None:
             self.state = "loading"
             try:
@@ -637,7 +641,7 @@ class Worker:
     def _end(self, answering: Answering, error: BaseException) -> None:
         """A request has failed."""
         self.counts.failed += 1
-        error = _closed() if self._closing else error
+        error = self.why_closed() if self._closing else error
         if answering in self._running:
             self._running.remove(answering)
         answering.fail(coded(error))
@@ -668,10 +672,6 @@ def coded(error: BaseException) -> MixtralError:
         hint="The engine goes on with other requests. If it happens again, please report it.",
         retryable=True,
     )
-
-
-def _closed() -> EngineError:
-    return EngineError("The engine is closed.", code="closed", hint="Load the model again.")
 
 
 def _shared_enough(other: Answering) -> int:
