@@ -18,6 +18,7 @@ from .session import COMMANDS, SETTINGS, ChatError, Outcome, Ready, Session
 from .terminal import Bar, CtrlC, Keyboard, PlainText, clean, complain, ended_in_order, typing_ahead
 
 if TYPE_CHECKING:
+    from .engine.engine import Engine
     from .markdown import StreamedMarkdown
 
 
@@ -27,8 +28,8 @@ def run(choice: ModelChoice, *, system: str = "", settings: Mapping[str, Any] | 
     if choice.name is None and not choice.quiet:
         print(_ABOUT_DEMO, file=sys.stderr, flush=True)
 
-    def other_model(name: str, beside_bytes: int) -> Ready:
-        return open_engine(replace(choice, name=None if name == "demo" else name), beside_bytes=beside_bytes)
+    def other_model(name: str, instead_of: Engine) -> Ready:
+        return open_engine(replace(choice, name=None if name == "demo" else name), instead_of=instead_of)
 
     with typing_ahead() if at_terminal else nullcontext():
         ready = open_engine(choice)

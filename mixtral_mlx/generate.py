@@ -5,7 +5,6 @@ at once, queues and threads are left to others; use a model on the thread that l
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ class GenerateError(MixtralError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens and when to stop. A `temperature` of 0 takes the likeliest token each time.
+    """How to choose tokens and when to stop. A `temperature` or a `top_p` of 0 takes the likeliest token each time.
 
     The three penalties look back over the last 20 tokens, as mlx-lm's do. `max_tokens` of None means up to the end of
     the context; before `min_tokens` the model cannot end, though a stop string may. Raises `GenerateError` for values
@@ -54,31 +53,46 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
+        for name, kind, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # Also refuses NaN.
-                raise _impossible(name, value, f"from {low:g} to {high:g}")
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not (is_number(value, kind) and low <= value <= high):  # Also refuses NaN.
+                what = "a whole number" if kind is int else "a number"
+                raise _impossible(name, value, f"{what} from {low:g} to {high:g}")
         if self.repetition_penalty == 0:
             raise _impossible("repetition_penalty", 0, "above 0")
-        if not all(self.stop):
-            raise _impossible("stop", "''", "text of at least one character")
-        if not all(token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias.items()):
-            raise _impossible("logit_bias", dict(self.logit_bias), "token ids with finite numbers")
+        if not isinstance(self.stop, tuple | list) or not all(text and isinstance(text, str) for text in self.stop):
+            raise _impossible("stop", self.stop, "texts of at least one character")
+        if not isinstance(self.logit_bias, Mapping):
+            raise _impossible("logit_bias", self.logit_bias, "token ids with a number for each")
+        for token, bias in self.logit_bias.items():
+            if not (is_number(token, int) and token >= 0 and is_number(bias, float) and abs(bias) <= _MOST_BIAS):
+                raise _impossible("logit_bias", {token: bias}, "token ids with finite numbers")
+        if not isinstance(self.ignore_eos, bool):
+            raise _impossible("ignore_eos", self.ignore_eos, "True or False")
 
 
-_RANGES = (
-    ("temperature", 0, 100),
-    ("top_p", 0, 1),
-    ("top_k", 0, 1 << 20),
-    ("min_p", 0, 1),
-    ("seed", 0, (1 << 64) - 1),
-    ("repetition_penalty", 0, 100),
-    ("presence_penalty", -100, 100),
-    ("frequency_penalty", -100, 100),
-    ("max_tokens", 1, 1 << 31),
-    ("min_tokens", 0, 1 << 31),
-    ("top_logprobs", 0, 100),
+_RANGES: tuple[tuple[str, type[int | float], float, float], ...] = (
+    ("temperature", float, 0, 100),
+    ("top_p", float, 0, 1),
+    ("top_k", int, 0, 1 << 20),
+    ("min_p", float, 0, 1),
+    ("seed", int, 0, (1 << 64) - 1),
+    ("repetition_penalty", float, 0, 100),
+    ("presence_penalty", float, -100, 100),
+    ("frequency_penalty", float, -100, 100),
+    ("max_tokens", int, 1, 1 << 31),
+    ("min_tokens", int, 0, 1 << 31),
+    ("top_logprobs", int, 0, 100),
 )
+_MAY_BE_NONE = ("seed", "max_tokens")
+_MOST_BIAS = 1e38  # What a float32 can still be added to.
+
+
+def is_number(value: object, kind: type[int | float]) -> bool:
+    """Whether `value` is a number, a whole one where `kind` is int; True and False are none."""
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -224,7 +238,7 @@ def new_caches(config: Config, kv_bits: int | None) -> list[Any]:
 
 def check_kv_bits(config: Config, kv_bits: int | None) -> None:
     """Raise `GenerateError` if keys and values cannot be held in `kv_bits`."""
-    if kv_bits not in (None, 4, 8):
+    if kv_bits is not None and not (is_number(kv_bits, int) and kv_bits in (4, 8)):
         raise _impossible("kv_bits", kv_bits, "4 or 8")
     if kv_bits and config.head_dim % 32:
         raise _impossible("kv_bits", kv_bits, f"none: heads {config.head_dim} wide cannot be quantized")
@@ -274,7 +288,7 @@ class Text:
         self.left -= 1
         ended = token in self.ends
         text = self.stops.feed(self.detokenizer.finish() if ended else self.detokenizer.add(token))
-        reason = "stop" if ended or self.stops.hit else None if self.left else "length"
+        reason = "stop" if ended or self.stops.hit else "length" if self.left <= 0 else None
         if reason == "length":
             text += self.stops.feed(self.detokenizer.finish())
             reason = "stop" if self.stops.hit else reason
@@ -380,13 +394,14 @@ class Sampler:
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self.num_top = min(sampling.top_logprobs, vocab_size - 1)
         self.choose = make_sampler(
-            temp=sampling.temperature,
+            # A top_p of 0, which mlx-lm takes for none, leaves the likeliest token alone.
+            temp=sampling.temperature if sampling.top_p else 0.0,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             top_k=sampling.top_k if sampling.top_k < vocab_size else 0,
         )
         self.processors = make_logits_processors(
-            logit_bias={token: bias for token, bias in sampling.logit_bias.items() if token < vocab_size},
+            logit_bias={token: float(bias) for token, bias in sampling.logit_bias.items() if token < vocab_size},
             repetition_penalty=sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
             presence_penalty=sampling.presence_penalty or None,
             frequency_penalty=sampling.frequency_penalty or None,
@@ -495,7 +510,7 @@ class Clock:
 
 
 def _impossible(name: str, value: object, expected: str) -> GenerateError:
-    return GenerateError(f"{name} is {value}, expected {expected}.", code="bad_sampling")
+    return GenerateError(f"{name} is {value!r}, expected {expected}.", code="bad_sampling")
 
 
 def _ignore(done: int, total: int) -> None:

@@ -6,18 +6,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import MixtralError
-from .session import ChatError, Ready, shown_bytes
+from .session import ChatError, Ready
 from .terminal import Bar, CtrlC, notice
 
 if TYPE_CHECKING:
     from .distributed.link import Place
     from .distributed.split import Kind
+    from .engine.engine import Engine
     from .generate import Conversation
     from .prompt import Tokenizer
     from .weights import Loaded, Share
@@ -163,27 +164,24 @@ def open_model(choice: ModelChoice) -> Plain:
     )
 
 
-def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -> Ready:
+def open_engine(choice: ModelChoice, *, instead_of: Engine | None = None, **options: Any) -> Ready:
     """Load a model into an engine of its own, with a progress bar; the first Ctrl-C stops it between two reads.
 
-    `beside_bytes` are taken by a model that stays in memory, `options` are others of `mixtral_mlx.load`. Raises
-    `MixtralError`."""
+    `instead_of` is an engine whose memory it takes: that one is closed, or has its model again where this fails.
+    `options` are others of `mixtral_mlx.load`. Raises `MixtralError`."""
+    if instead_of and choice.share:
+        raise ChatError("Several machines share this model and have no other.", code="not_available")
     with notice("Starting MLX …", quiet=choice.quiet):
         from . import cpu
         from .engine.engine import load
-        from .memory import default_budget, machine
         from .weights import locate
     folder = _fetched(locate, choice)
-    memory = choice.memory_bytes
-    if beside_bytes and choice.share:
-        raise ChatError("Several machines share this model and have no other.", code="not_available")
-    if beside_bytes:
-        memory = _left_beside(beside_bytes, memory or default_budget(machine(ask_metal=True)))
-    with CtrlC() as stopped, _loading(choice) as bar:
+    giving_way = _giving_way(instead_of, folder, choice) if instead_of else nullcontext()
+    with giving_way, CtrlC() as stopped, _loading(choice) as bar:
         engine = load(
             folder,
             dtype=choice.dtype,
-            memory=memory,
+            memory=choice.memory_bytes,
             context=choice.context,
             kv_bits=choice.kv_bits,
             progress=bar,
@@ -198,6 +196,23 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
             engine.complete([1] * _FOR_ALL_KERNELS, max_tokens=2).result()
     _say_note(ready.loaded, choice)
     return ready
+
+
+@contextmanager
+def _giving_way(engine: Engine, folder: Path, choice: ModelChoice) -> Iterator[None]:
+    """Let go of a model while that in `folder` is loaded: there is memory for one. It comes back where that fails."""
+    from .weights import Checkpoint
+
+    Checkpoint.open(folder)  # What is wrong with a folder is said before anything is given up for it.
+    engine.unload()
+    try:
+        yield
+    except MixtralError as error:
+        with notice("Loading the model from before …", quiet=choice.quiet):
+            engine.load()
+        error.hint = f"{error.hint}\nThe model from before has been loaded again.".strip()
+        raise
+    engine.close()
 
 
 _FOR_ALL_KERNELS = 17
@@ -235,14 +250,3 @@ def _shown_name(choice: ModelChoice, *, is_demo: bool) -> str:
         return "the demo model"
     path = Path(choice.name or "").expanduser()
     return path.resolve().name if path.is_dir() else choice.name or ""
-
-
-def _left_beside(held: int, budget: int) -> int:
-    """What a model may use while another holds `held` bytes, until it takes that one's place."""
-    if held >= budget:
-        raise ChatError(
-            f"The model in use holds {shown_bytes(held)} of {shown_bytes(budget)}: there is no room for another.",
-            code="too_large",
-            hint="Save the conversation, leave, and start again with --model.",
-        )
-    return budget - held

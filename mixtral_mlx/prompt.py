@@ -1,4 +1,4 @@
-"""Messages and tools → token ids; generated ids → text; text after `[TOOL_CALLS]` → tool calls.
+"""Messages and tools → token ids; generated ids → text, and where in it tool calls begin.
 
 Chats are laid out by mistral-common, the reference, so their ids equal it by construction. Here are the
 choice of the tokenizer, the checks that a person's mistakes meet first, and decoding while tokens arrive.
@@ -240,43 +240,10 @@ class Detokenizer:
         return _ESCAPED_BYTE.sub("\ufffd", self._utf8.decode(data, final))
 
 
-def parse_tool_calls(text: str, start: int | None) -> tuple[str, list[ToolCall]]:
-    """Split a whole reply into its text and the calls from `start`, a detokenizer's `tool_calls_at`.
-
-    Calls without an id of 9 letters or digits get a new one. What does not parse stays in the text."""
-    if start is None:
-        return text, []
-    try:
-        found = json.loads(text[start:], parse_constant=_refuse_constant)
-        calls = [_parsed_call(entry) for entry in (found if isinstance(found, list) else [found])]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return text, []
-    return (text[:start], calls) if calls else (text, [])
-
-
-def _parsed_call(entry: dict[str, Any]) -> ToolCall:
-    """One call as the model wrote it; raises KeyError, TypeError or ValueError when it is none."""
-    name, arguments, given = entry["name"], entry.get("arguments"), entry.get("id")
-    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
-        raise ValueError(name)
-    if arguments is None or isinstance(arguments, dict):
-        arguments = json.dumps(arguments or {}, ensure_ascii=False, allow_nan=False)  # 1e999 would come out as Infinity
-    if not isinstance(arguments, str):
-        raise TypeError(arguments)
-    arguments.encode()  # half a surrogate pair could never be prompted with again
-    if not isinstance(given, str) or not CALL_ID.fullmatch(given):
-        given = new_call_id()
-    return ToolCall(name, arguments, given)
-
-
 def new_call_id() -> str:
     """An id for a call that came without one."""
     # Random, because a client may tell apart by id two calls that ask for the same thing.
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 # Conversations: what people get wrong, said in our words before mistral-common sees it.

@@ -100,7 +100,9 @@ class Ready:
 
     @property
     def loaded(self) -> Loaded:
-        """What is in memory."""
+        """What is in memory; loaded again where another model was to take its place, and neither could be."""
+        if not self.engine.loaded:
+            self.engine.load()
         assert self.engine.loaded, "a chat does not let go of its model"
         return self.engine.loaded
 
@@ -172,12 +174,13 @@ class Session:
     """A conversation with one model: its turns, system prompt, settings and commands.
 
     A line goes to `handle`. When that asks for an answer, `reply` generates it; the turn is complete once its iterator
-    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet."""
+    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet.
+    `open_model` is given a name, and the engine whose place in memory the new model takes."""
 
     def __init__(
         self,
         ready: Ready,
-        open_model: Callable[[str, int], Ready],
+        open_model: Callable[[str, Engine], Ready],
         *,
         system: str = "",
         settings: Mapping[str, Any] | None = None,
@@ -413,9 +416,7 @@ class Session:
 
     def model(self, argument: str) -> Outcome:
         if argument:
-            before = self.ready
-            self.ready = self.open_model(argument, before.loaded.weights_bytes)
-            before.engine.close()
+            self.ready = self.open_model(argument, self.ready.engine)
         return Outcome(str(self.ready))
 
     def exit(self, argument: str) -> Outcome:

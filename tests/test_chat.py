@@ -81,7 +81,7 @@ def enter(chat: Any, line: str) -> None:
 def words(folder: Path, *messages: str, tokens: int = 20) -> list[str]:
     """The plain words in the reply to the last of `messages`, each answered in `tokens` tokens."""
 
-    def no_other(name: str, beside: int) -> Any:
+    def no_other(name: str, instead_of: Any) -> Any:
         raise AssertionError
 
     session = Session(

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,7 +32,7 @@ from mixtral_mlx.convert.perplexity import perplexity
 from mixtral_mlx.engine import batch, parking
 from mixtral_mlx.engine.answering import Answering
 from mixtral_mlx.engine.engine import Engine, load
-from mixtral_mlx.engine.grammar import Format, GrammarError, Matcher
+from mixtral_mlx.engine.grammar import Compiler, Format, GrammarError, Matcher
 from mixtral_mlx.engine.reply import Channel, Reply
 from mixtral_mlx.engine.request import (
     Done,
@@ -43,6 +43,7 @@ from mixtral_mlx.engine.request import (
     Token,
     ToolCallDelta,
 )
+from mixtral_mlx.engine.tools import ToolChoice
 from mixtral_mlx.engine.worker import Worker
 from mixtral_mlx.generate import Conversation, Sampling, Usage, stream_generate
 from mixtral_mlx.memory import rss_bytes
@@ -187,6 +188,59 @@ def test_echo_repeats_the_text_first(engine: Engine) -> None:
     result = engine.complete("Hello there", max_tokens=2, echo=True).result()
     assert result.text.startswith("Hello there")
     assert len(result.tokens) == 2
+
+
+@pytest.fixture
+def running_ahead(folder: Path) -> Iterator[Engine]:
+    """An engine whose model runs by itself, as on Metal; what it says is the same here."""
+    with load(folder) as engine:
+        assert engine.loaded
+        engine.loaded.model.runs_ahead = True
+        yield engine
+
+
+def test_a_pass_is_begun_before_the_next_is_described(running_ahead: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, run = list[str](), batch.run
+    begin: Any = mx.async_eval
+
+    def described(*arguments: Any) -> Any:
+        done.append("described")
+        return run(*arguments)
+
+    def begun(*arguments: Any) -> None:
+        done.append("begun")
+        begin(*arguments)
+
+    monkeypatch.setattr(batch, "run", described)
+    monkeypatch.setattr(mx, "async_eval", begun)
+    running_ahead.complete(words(5), max_tokens=4, ignore_eos=True).result()
+    assert done == ["described", "begun"] * 5  # One reads the prompt, four say what follows.
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(repetition_penalty=1.5),
+        Sampling(presence_penalty=3.0),
+        Sampling(frequency_penalty=2.0, temperature=1.0, seed=5),
+        Sampling(logit_bias={421: 8.0}, presence_penalty=2.0, temperature=1.0, seed=5),
+    ],
+    ids=["repetition", "presence", "frequency", "bias"],
+)
+def test_penalties_and_a_bias_do_not_keep_the_next_pass_from_being_under_way(
+    running_ahead: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    sampling, ahead, launch = replace(sampling, max_tokens=30, ignore_eos=True), list[bool](), Worker._launch_ahead
+
+    def launched(worker: Worker, before: Any) -> Any:
+        ahead.append((following := launch(worker, before)) is not None)
+        return following
+
+    monkeypatch.setattr(Worker, "_launch_ahead", launched)
+    loaded, prompt = load_weights(folder), words(30)
+    expected = [chunk.token for chunk in stream_generate(loaded.model, Tokenizer.read(folder), prompt, sampling)]
+    assert list(running_ahead.submit(Request(tuple(prompt), sampling)).result().tokens) == expected
+    assert sum(ahead) == 29  # All but the first.
 
 
 # Together.
@@ -381,6 +435,59 @@ def test_where_there_is_not_room_for_all_the_youngest_wait_and_lose_nothing(fold
         assert engine.stats()["requests"]["paused"] > 0
 
 
+def paused_once_while_read(monkeypatch: pytest.MonkeyPatch) -> list[Answering]:
+    """Take the room from the youngest request, once, when it has read the first part of its tokens; it is in the list
+    then."""
+    make_room, done = Worker._make_room, list[Answering]()
+
+    def with_too_little(worker: Worker) -> None:
+        opened, youngest = worker.opened, worker._running[-1] if len(worker._running) > 1 else None
+        if opened and youngest and youngest.is_reading and youngest.read and not done:
+            done.append(youngest)
+            worker.opened = replace(opened, kv_bytes=0)
+        make_room(worker)
+        worker.opened = opened
+
+    monkeypatch.setattr(Worker, "_make_room", with_too_little)
+    return done
+
+
+@pytest.mark.parametrize("purpose", ["score", "embed"])
+def test_what_is_read_again_after_a_pause_counts_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    ids = words(700, seed=35)
+    request = engine.score_request(ids[:450], ids[450:]) if purpose == "score" else engine.embed_request(ids)
+    expected = engine.submit(request).result()
+    engine.forget()
+    paused_once_while_read(monkeypatch)
+    older = engine.complete(words(5), max_tokens=400, ignore_eos=True)
+    next(event for event in older if isinstance(event, Token))
+    paused = engine.stats()["requests"]["paused"]
+    found = engine.submit(request).result()
+    older.cancel()
+    assert engine.stats()["requests"]["paused"] == paused + 1
+    assert found.scores.logprobs == pytest.approx(expected.scores.logprobs, abs=1e-4)
+    assert found.scores.is_likeliest == expected.scores.is_likeliest
+    assert found.embedding == pytest.approx(expected.embedding, abs=1e-4)
+
+
+def test_a_request_that_is_cancelled_while_it_is_paused_holds_on_to_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused, start = paused_once_while_read(monkeypatch), Worker._start
+    monkeypatch.setattr(Worker, "_start", lambda worker, one: one not in paused and start(worker, one))
+    older = engine.complete(words(5), max_tokens=400, ignore_eos=True)
+    next(event for event in older if isinstance(event, Token))
+    younger = engine.complete(words(700, seed=36), max_tokens=5, speculate="n-gram")
+    until(lambda: bool(paused) and engine.health().queued == 1)
+    assert paused[0]._speculation
+    younger.cancel()
+    assert younger.result().finish_reason == "cancelled"
+    until(lambda: not paused[0]._speculation)
+    older.cancel()
+
+
 # Grammars and tools.
 
 
@@ -401,6 +508,37 @@ def test_a_bad_format_ends_its_own_request_only(engine: Engine) -> None:
     bad = engine.complete(words(5), response_format=Format("regex", "("))
     assert failing(bad) == "bad_grammar"
     assert good.result().finish_reason
+
+
+def test_choices_have_their_grammar_compiled_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, compile_one = list[Format](), Compiler.compiled
+
+    def compiled(compiler: Compiler, format: Format, **how: Any) -> Any:
+        asked.append(format)
+        return compile_one(compiler, format, **how)
+
+    monkeypatch.setattr(Compiler, "compiled", compiled)
+    request = engine.completion_request("?", response_format=Format("choice", ["red apple", "green pear"]))
+    assert {reply.text() for reply in engine.choices(4, request)} <= {"red apple", "green pear"}
+    assert len(asked) == 1
+
+
+def test_an_idle_engine_waits_for_a_grammar_without_looking_again_and_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, compile_one = threading.Event(), Compiler.compiled
+
+    def compiled(*arguments: Any, **how: Any) -> Any:
+        assert go.wait(30)
+        return compile_one(*arguments, **how)
+
+    monkeypatch.setattr(Compiler, "compiled", compiled)
+    with load(folder, idle_unload_s=0) as engine:
+        reply = engine.complete("?", response_format=Format("choice", ["red apple"]))
+        assert on_thread(engine, lambda: engine._worker._until_unload(0.0)) is None
+        go.set()
+        assert reply.text() == "red apple"
+        until(lambda: engine.health().state == "unloaded")
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -435,7 +573,14 @@ def test_a_required_tool_is_called(tmp_path: Path, parallel: bool) -> None:
         (lambda engine: engine.complete([1, 32000]), "bad_token"),
         (lambda engine: engine.complete(words(2048)), "context_full"),
         (lambda engine: engine.complete("x", kv_bits=5), "bad_sampling"),
+        (lambda engine: engine.complete("x", kv_bits=0), "bad_sampling"),
+        (lambda engine: engine.complete("x", kv_bits=8.0), "bad_sampling"),
         (lambda engine: engine.complete("x", kv_bits=8, max_kv=64), "bad_sampling"),
+        (lambda engine: engine.complete("x", max_kv=0), "bad_sampling"),
+        (lambda engine: engine.complete("x", max_kv=64.5), "bad_sampling"),
+        (lambda engine: engine.complete("x", stop=None), "bad_sampling"),
+        (lambda engine: engine.complete("x", max_tokens="3"), "bad_sampling"),
+        (lambda engine: engine.choices("2", engine.completion_request("x")), "bad_sampling"),
         (lambda engine: engine.complete("x", max_kv=4), "bad_sampling"),
         (lambda engine: engine.complete("x", speculate="magic"), "bad_sampling"),
         (lambda engine: engine.complete("x", speculate="n-gram", max_kv=64), "bad_sampling"),
@@ -443,6 +588,14 @@ def test_a_required_tool_is_called(tmp_path: Path, parallel: bool) -> None:
         (lambda engine: engine.submit(Request((1, 2), Sampling(max_tokens=3), purpose="embed")), "bad_request"),
         (lambda engine: engine.submit(Request((1, 2), purpose="score", scored_from=3)), "bad_sampling"),
         (lambda engine: engine.chat([{"role": "assistant", "tool_calls": [{"nam": "x"}]}]), "bad_message"),
+        (lambda engine: engine.chat("x", tools=[{"nam": "x"}]), "bad_tool"),
+        (lambda engine: engine.chat("x", tools=["x"]), "bad_tool"),
+        (lambda engine: engine.chat("x", tool_choice={"type": "function"}), "bad_tool_choice"),
+        (lambda engine: engine.chat("x", tools=[Tool("f", "", None)]), "bad_tool_parameters"),  # type: ignore[arg-type]
+        (lambda engine: engine.chat("x", tools=[Tool(5, "", {})]), "bad_tool_name"),  # type: ignore[arg-type]
+        (lambda engine: engine.chat("x", response_format={"type": "json_object"}), "bad_response_format"),
+        (lambda engine: engine.chat("x", response_format="json_object"), "bad_response_format"),
+        (lambda engine: engine.submit(Request((1,), response_format={"kind": "regex"})), "bad_response_format"),  # type: ignore[arg-type]
         (lambda engine: engine.complete("x", temperature=-1), "bad_sampling"),
         (lambda engine: engine.complete("x", hurry=True), "unknown_setting"),
         (lambda engine: engine.chat([{"role": "user", "contents": "x"}]), "bad_message"),
@@ -460,11 +613,11 @@ def test_a_deterministic_engine_guesses_nothing(folder: Path) -> None:
         assert code_of(lambda: engine.complete("x", speculate="n-gram")) == "bad_sampling"
 
 
-def test_calls_in_a_conversation_may_be_mappings(tmp_path: Path) -> None:
+def test_what_has_fields_may_be_a_mapping_of_them(tmp_path: Path) -> None:
     with load(write_tiny(tmp_path / "model", replace(CONFIG, vocab_size=32768), tokenizer="v3")) as engine:
         call = {"name": "weather", "arguments": "{}", "id": "abcdefghi"}
         told: list[dict[str, Any]] = [
-            {"role": "user", "content": "Weather?"},
+            {"role": "user", "content": "Weather?", "tool_calls": None},
             {"role": "assistant", "tool_calls": [call]},
             {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi"},
         ]
@@ -473,8 +626,12 @@ def test_calls_in_a_conversation_may_be_mappings(tmp_path: Path) -> None:
             Message("assistant", tool_calls=(ToolCall(**call),)),
             Message("tool", "sunny", tool_call_id="abcdefghi"),
         ]
-        requests = [engine.chat_request(told), engine.chat_request(made)]
-    assert requests[0] == requests[1]
+        assert engine.chat_request(told) == engine.chat_request(made)
+        tool, choice = asdict(WEATHER), {"mode": "required", "function": "weather"}
+        expected = engine.chat_request(made, tools=[WEATHER], tool_choice=ToolChoice.of("weather"))
+        assert engine.chat_request(told, tools=[tool], tool_choice=choice) == expected
+        expected = engine.chat_request(made, response_format=Format("json_object"))
+        assert engine.chat_request(told, response_format={"kind": "json_object"}) == expected
 
 
 def test_a_thread_whose_work_failed_is_not_used_again() -> None:
@@ -688,10 +845,10 @@ def failing_once(where: str, after: int) -> Iterator[list[str]]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes." if where == "memory" else "boom")
         return batch_run(model, parts)
 
-    def sample(self: Answering, logits: mx.array, ahead: int = 0) -> Any:
+    def sample(self: Answering, *arguments: Any) -> Any:
         if now(str(self.request.sampling.seed)):
             raise ValueError("boom")
-        return answering_sample(self, logits, ahead)
+        return answering_sample(self, *arguments)
 
     def mask(self: Matcher) -> Any:
         if now():
@@ -783,6 +940,15 @@ def test_closing_ends_requests_and_threads(folder: Path) -> None:
     assert active_threads() == threads
 
 
+def test_whatever_is_asked_once_another_machine_was_lost_says_so(folder: Path) -> None:
+    with load(folder) as engine:
+        engine._worker.lose(EngineError("Rank 1 was lost.", code="rank_lost"))
+        for ask in (lambda: engine.complete("x"), engine.load, engine.forget, engine.unload):
+            assert code_of(ask) == "rank_lost"
+        engine.close()
+        assert code_of(lambda: engine.complete("x", response_format=SHORT_OBJECT)) == "rank_lost"
+
+
 def test_an_engine_that_nobody_has_ends(folder: Path) -> None:
     threads = active_threads()
     engine = load(folder)
@@ -790,6 +956,21 @@ def test_an_engine_that_nobody_has_ends(folder: Path) -> None:
     del engine
     gc.collect()
     until(lambda: active_threads() == threads)
+
+
+@pytest.mark.parametrize("how", ["read", "dropped"])
+def test_a_reply_keeps_its_engine_until_it_has_been_read_or_dropped(folder: Path, how: str) -> None:
+    engine = load(folder)
+    worker, reply = engine._worker, engine.complete(words(5), max_tokens=8, ignore_eos=True)
+    del engine
+    gc.collect()
+    assert isinstance(next(event for event in reply if isinstance(event, Token)), Token)
+    assert worker.is_alive
+    if how == "read":
+        assert len(reply.result().tokens) == 8
+    else:
+        del reply
+    until(lambda: not worker.is_alive)
 
 
 def load_and_close(folder: Path, times: int) -> None:
@@ -963,6 +1144,34 @@ def test_an_adapter_that_cannot_be_used_is_refused_and_changes_nothing(
         engine.use_adapter(adapter)
     assert caught.value.code == "bad_adapter"
     assert engine.complete(words(40), max_tokens=5).result().tokens == before
+
+
+@pytest.mark.parametrize("code", ["bad_adapter", "over_budget"])
+def test_after_an_adapter_that_is_refused_there_is_none(folder: Path, tmp_path: Path, code: str) -> None:
+    plan = load_weights(folder).plan
+    parts = {**plan.parts, "kv cache": 4_000_000}
+    small = replace(plan, parts=parts, budget_bytes=sum(parts.values()), context=700)
+    good, bad = (write_adapter(tmp_path / name, folder, 1) for name in ("good", "bad"))
+    if code == "bad_adapter":
+        config = json.loads((bad / "adapter_config.json").read_text())
+        (bad / "adapter_config.json").write_text(json.dumps(config | {"num_layers": 2}))
+    else:
+        weights = mx.load(str(bad / "adapters.safetensors"))
+        assert isinstance(weights, dict)
+        mx.save_safetensors(str(bad / "adapters.safetensors"), {**weights, "wide": mx.zeros((1_000_000,))})
+    with load(folder, memory=small) as engine:
+
+        def ours() -> tuple[int, ...]:
+            return engine.complete(words(40), max_tokens=8, ignore_eos=True).result().tokens
+
+        expected, room = ours(), engine.memory().kv_limit_bytes
+        engine.use_adapter(good)
+        assert ours() != expected
+        assert code_of(lambda: engine.use_adapter(bad)) == code
+        assert engine.memory().kv_limit_bytes == room
+        assert ours() == expected
+        engine.use_adapter(good)
+        assert ours() != expected
 
 
 def test_the_harness_adapter_scores_and_continues(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

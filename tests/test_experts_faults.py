@@ -213,7 +213,7 @@ def test_an_error_in_the_middle_of_a_reply_leaves_the_chat_usable(faults: Any, t
         assert session.turns == fresh.turns
 
 
-def _no_other(name: str, beside_bytes: int) -> Ready:
+def _no_other(name: str, instead_of: Any) -> Ready:
     raise AssertionError
 
 

@@ -304,6 +304,24 @@ def test_the_cache_can_be_quantized(tokenizer: Tokenizer, bits: int) -> None:
         ("stop", ("",)),
         ("logit_bias", {-1: 1.0}),
         ("logit_bias", {1: float("nan")}),
+        ("temperature", None),
+        ("temperature", "0.7"),
+        ("temperature", True),
+        ("top_k", 1.5),
+        ("seed", 1.5),
+        ("max_tokens", 2.5),
+        ("max_tokens", "3"),
+        ("max_tokens", True),
+        ("top_logprobs", 1.5),
+        ("repetition_penalty", None),
+        ("stop", None),
+        ("stop", "END"),
+        ("stop", (1,)),
+        ("logit_bias", None),
+        ("logit_bias", {"5": 5}),
+        ("logit_bias", {5: "5"}),
+        ("logit_bias", {5: 10**400}),
+        ("ignore_eos", "no"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(name: str, value: Any) -> None:
@@ -322,10 +340,17 @@ def test_impossible_prompts_are_refused_before_anything_runs(model: Model, token
         with pytest.raises(GenerateError) as error:
             stream_generate(model, tokenizer, prompt)
         assert error.value.code == code
-    for options in ({"kv_bits": 3}, {"kv_bits": 4}, {"context": 1}, {"context": 10_000}):
+    for options in ({"kv_bits": 3}, {"kv_bits": 0}, {"kv_bits": 4}, {"context": 1}, {"context": 10_000}):
         with pytest.raises(GenerateError) as error:
             Conversation(model, **options)
         assert error.value.code == "bad_sampling"
+
+
+def test_a_top_p_of_0_takes_the_likeliest_token(model: Model, tokenizer: Tokenizer) -> None:
+    likeliest = tokens_of(run(model, tokenizer))
+    for top_p in (0, 0.0, 1e-6):
+        assert tokens_of(run(model, tokenizer, top_p=top_p, temperature=100.0, seed=3)) == likeliest
+    assert tokens_of(run(model, tokenizer, top_p=0, top_k=5, temperature=100.0, seed=3)) == likeliest
 
 
 def test_top_k_beyond_the_vocabulary_means_all_of_it(model: Model, tokenizer: Tokenizer) -> None:

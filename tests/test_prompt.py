@@ -24,7 +24,9 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mixtral_mlx.convert.tokenizer import write_tokenizer_json
-from mixtral_mlx.prompt import Message, PromptError, Tokenizer, Tool, ToolCall, parse_tool_calls
+from mixtral_mlx.prompt import Message, PromptError, Tokenizer, Tool, ToolCall
+
+from .whole_calls import parse_tool_calls
 
 CARRIED = {
     "v1": "tokenizer.model.v1",

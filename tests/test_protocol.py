@@ -220,8 +220,11 @@ def test_what_is_left_out_is_as_these_apis_have_it(demo: Engine) -> None:
 
 
 def test_a_top_p_of_0_leaves_the_likeliest_token_alone(demo: Engine) -> None:
-    for extra in ({}, {"top_k": 5}):
-        assert understood(CHAT, {**LEAST[CHAT], **extra, "top_p": 0}, demo).asked[0][0].sampling.top_k == 1
+    for path in (CHAT, RESPONSES, MESSAGES, COMPLETIONS):
+        asked = understood(path, {**LEAST[path], "top_p": 0, "seed": 4}, demo).asked[0][0]
+        likeliest = replace(asked, sampling=replace(asked.sampling, temperature=0.0, max_tokens=5))
+        bold = replace(asked, sampling=replace(asked.sampling, temperature=100.0, max_tokens=5))
+        assert demo.submit(bold).result().tokens == demo.submit(likeliest).result().tokens
 
 
 @pytest.mark.parametrize("path", LEAST)
@@ -814,6 +817,28 @@ def test_an_answer_that_was_cut_off_does_not_look_whole(path: str, demo: Engine)
     assert text_in(path, frames) == text_of(path, answer) == "Hi th"
     expected = {RESPONSES: "incomplete", MESSAGES: "max_tokens"}.get(path, "length")
     assert ended(path, answer, frames) == [expected, expected]
+
+
+@pytest.mark.parametrize("path", TOOLED)
+def test_a_call_that_was_cut_off_is_told_from_a_complete_one(path: str, v3: Engine) -> None:
+    call = understood(path, {**LEAST[path], "stream": True}, v3)
+    complete: list[Event] = [ToolCallDelta(0, "aaaaaaaaa", "weather", '{"city": "Rome"}')]
+    cut: list[Event] = [ToolCallDelta(1, "bbbbbbbbb", "weather", '{"ci'), Done("length", USAGE, cut_call=1)]
+    for script in ([*complete, *cut], [*complete, Done("length", USAGE)]):
+        answer, frames = call.answer([Result.of(script)]), frames_of(call, [script])
+        check_answer(path, answer)
+        check_frames(path, frames)
+        assert not text_of(path, answer)
+        if path == CHAT:
+            assert [made["function"]["arguments"] for made in answer["choices"][0]["message"]["tool_calls"]] == [
+                event.arguments for event in script if isinstance(event, ToolCallDelta)
+            ]
+        elif path == RESPONSES:
+            told = datas(frames)[-1]["response"]
+            for output in (answer["output"], told["output"]):
+                assert [item["status"] for item in output] == ["completed", "incomplete"][: len(script) - 1]
+        else:
+            assert [(block["name"], block["input"]) for block in answer["content"]] == [("weather", {"city": "Rome"})]
 
 
 def test_a_context_that_is_full_is_told_from_max_tokens(demo: Engine) -> None:

@@ -15,6 +15,7 @@ import pytest
 from mixtral_mlx import generate
 from mixtral_mlx.config import MixtralError
 from mixtral_mlx.engine import batch
+from mixtral_mlx.engine.engine import Engine
 from mixtral_mlx.engine.request import Done
 from mixtral_mlx.generate import Sampling
 from mixtral_mlx.opening import ModelChoice, open_engine
@@ -35,8 +36,8 @@ def v3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def session_with(folder: Path, **choice: Any) -> Session:
-    def other(name: str, beside_bytes: int) -> Ready:
-        return open_engine(ModelChoice(name), beside_bytes=beside_bytes)
+    def other(name: str, instead_of: Engine) -> Ready:
+        return open_engine(ModelChoice(name, **choice), instead_of=instead_of)
 
     ready = open_engine(ModelChoice(str(folder), **choice))
     return Session(ready, other, settings={"temperature": 0.0, "max_tokens": 12})
@@ -188,8 +189,8 @@ def test_settings_are_shown_changed_and_taken_back(session: Session) -> None:
 
 
 def test_the_ranges_are_those_of_sampling() -> None:
-    ranges = {name: (low, high) for name, low, high in generate._RANGES if name in SETTINGS}
-    assert ranges == {name: (s.low, s.high) for name, s in SETTINGS.items() if s.kind is not str}
+    ranges = {name: (kind, low, high) for name, kind, low, high in generate._RANGES if name in SETTINGS}
+    assert ranges == {name: (s.kind, s.low, s.high) for name, s in SETTINGS.items() if s.kind is not str}
     assert set(SETTINGS) < set(vars(Sampling()))
 
 
@@ -334,14 +335,35 @@ def test_another_model_takes_the_conversation_over(session: Session, tmp_path: P
     assert len(session.turns) == 2
 
 
-def test_a_model_that_does_not_fit_beside_the_present_one_is_refused(
-    session: Session, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_model_has_the_whole_budget(folder: Path, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "other", seed=1)
+    least = open_engine(ModelChoice(str(folder))).loaded.plan.needed_bytes
+    session = session_with(folder, memory_bytes=least)
+    before, engine = session.ready.loaded.plan, session.ready.engine
+    for model in (other, folder):
+        session.handle(f"/model {model}")
+        assert session.ready.loaded.plan == before
+        assert engine.health().state == "closed"
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_old_one_answering(
+    session: Session, folder: Path, tmp_path: Path
 ) -> None:
-    held = session.ready.loaded.weights_bytes
-    for budget, code in ((held, "too_large"), (held + 1, "over_budget")):
-        monkeypatch.setattr("mixtral_mlx.memory.default_budget", lambda machine, budget=budget: budget)
-        assert code_of(lambda: session.handle(f"/model {folder}")) == code
-    assert session.ready.name == "v1"
+    ask(session, "Hello")
+    before = state(session)
+    (tmp_path / "config.json").write_text("{}")
+    assert code_of(lambda: session.handle(f"/model {tmp_path}")) == "not_mixtral"
+    assert session.ready.engine.stats()["requests"]["loads"] == 1  # Nothing was let go of for it.
+    session.open_model = lambda name, engine: open_engine(ModelChoice(name, memory_bytes=1), instead_of=engine)
+    with pytest.raises(MixtralError) as caught:
+        session.handle(f"/model {folder}")
+    assert caught.value.code == "over_budget"
+    assert "has been loaded again" in caught.value.hint
+    assert session.ready.engine.health().state == "ready"
+    assert state(session) == before
+    assert session.handle("/model").text.startswith("v1 · ")
+    ask(session, "And now?")
+    assert len(session.turns) == 2
 
 
 def test_a_failure_of_mlx_is_an_error_and_the_conversation_goes_on(

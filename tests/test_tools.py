@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llguidance
@@ -13,8 +14,15 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral_mlx.engine.tools import ToolCallDelta, ToolCallStream, ToolChoice, ToolError, tool_rules
-from mixtral_mlx.prompt import PromptError, Tokenizer, Tool, ToolCall, parse_tool_calls
+from mixtral_mlx.engine.answering import Answering
+from mixtral_mlx.engine.drafts import PassSeconds
+from mixtral_mlx.engine.reply import Channel, Reply
+from mixtral_mlx.engine.request import Request
+from mixtral_mlx.engine.tools import ToolCallDelta, ToolCallStream, ToolChoice, ToolError, ToolRules, tool_rules
+from mixtral_mlx.generate import Sampling, Step
+from mixtral_mlx.prompt import PromptError, Tokenizer, Tool, ToolCall
+
+from .whole_calls import parse_tool_calls
 
 WEATHER = Tool(
     "get_weather",
@@ -220,10 +228,10 @@ def test_a_function_named_like_a_mode_can_be_chosen(v3: Tokenizer, guide: llguid
 # Streams
 
 
-def streamed(parts: list[str]) -> tuple[ToolCallStream, list[ToolCall], str]:
+def streamed(parts: list[str], *, cut: bool = False) -> tuple[ToolCallStream, list[ToolCall], str]:
     """A stream that was fed `parts`, the calls that its deltas make, and its text."""
     stream = ToolCallStream()
-    out = [delta for part in parts for delta in stream.feed(part)] + stream.finish()
+    out = [delta for part in parts for delta in stream.feed(part)] + stream.finish(cut=cut)
     text = "".join(delta for delta in out if isinstance(delta, str))
     calls: dict[int, ToolCall] = {}
     for delta in out:
@@ -371,6 +379,53 @@ def test_a_reply_that_is_cut_off_gives_what_came_and_is_not_complete() -> None:
     assert [(call.name, call.arguments) for call in calls] == [("f", "{}"), ("g", '{"a": 1')]
     assert text == ""
     assert not stream.is_complete
+
+
+TWO = f"[{PARIS}, {STEPS}]"
+
+
+def test_of_calls_that_are_cut_anywhere_nothing_is_text_and_the_complete_ones_are_whole() -> None:
+    whole = streamed([TWO])[1]
+    for place in range(len(TWO)):
+        stream, calls, text = streamed([TWO[:place]], cut=True)
+        assert text == ""
+        assert meaning(stream.calls) == meaning(whole)[: len(stream.calls)]
+        assert len(stream.calls) == (place >= TWO.index(PARIS) + len(PARIS)) + (place >= TWO.index(STEPS) + len(STEPS))
+        begun = calls[len(stream.calls) :]
+        assert stream.begun == (len(stream.calls) if begun else None)
+        for call in begun:
+            expected = whole[len(stream.calls)]
+            assert call.name == expected.name
+            assert expected.arguments.startswith(call.arguments)
+
+
+def test_what_was_no_list_of_calls_stays_text_where_it_is_cut() -> None:
+    stream, calls, text = streamed(["[1, 2", ", 3"], cut=True)
+    assert (calls, text, stream.begun) == ([], "[1, 2, 3", None)
+
+
+@pytest.mark.parametrize("how", ["length", "cancelled"])
+def test_an_answer_that_is_cut_in_its_calls_says_which_is_not_complete(v3: Tokenizer, how: str) -> None:
+    ids = called(v3, TWO)
+    model: Any = SimpleNamespace(args=SimpleNamespace(vocab_size=v3.vocab_size, eos_token_ids=[v3.eos_id]))
+    seen = set()
+    for count in range(1, len(ids)):
+        limit = count if how == "length" else len(ids) + 1
+        request = Request((1,), Sampling(max_tokens=limit), rules=ToolRules(tuple(TOOLS)))
+        answering = Answering(request, channel := Channel(), limit, None, PassSeconds(8, 2))
+        answering.start(model, v3, None)
+        answering.begin_reading(model, (0, []))
+        for token in ids[:count]:
+            answering.take([Step(token, 0.0, ())])
+        if how == "cancelled":
+            answering.cancel()
+        result = Reply(channel).result()
+        assert (result.text, result.finish_reason) == ("", how)
+        complete = result.tool_calls if result.cut_call is None else result.tool_calls[: result.cut_call]
+        assert meaning(list(complete)) == meaning(streamed([TWO])[1])[: len(complete)]
+        assert len(result.tool_calls) - len(complete) <= 1
+        seen.add((len(complete), result.cut_call))
+    assert {(0, None), (0, 0), (1, None), (1, 1)} <= seen
 
 
 @pytest.mark.parametrize("text", ["[]", "[1]", '[{"arguments": {}}]', '[{"name": "no name"}]', "null", '{"name": 1}'])

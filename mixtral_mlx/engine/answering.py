@@ -36,6 +36,8 @@ _KEPT_AT_START = 4  # What a window never gives up, as mlx-lm's: the model leans
 _LOOK_BACK = 20  # So far penalties look, as mlx-lm's do.
 _MOST_DRAFTED = 16
 _FORBIDDEN = -1e9
+_CUT = ("length", "cancelled")
+"""Reasons for which a text ends where it would have gone on."""
 
 
 class Answering:
@@ -67,8 +69,9 @@ class Answering:
         self._clock: Clock | None = None
         self._draft: list[int] = []
         self._speculation: Speculation | Drafting | None = None
+        self._calls: ToolCallStream | None = None
         self._shown = 0
-        self._hidden = np.zeros(1)
+        self._forget_what_was_read()
 
     @property
     def place(self) -> int:
@@ -130,7 +133,6 @@ class Answering:
         self._ends = sorted(ends)
         self._text = Text(tokenizer, request.prompt, sampling, self.limit, ends)
         self._speculation = self._speculating(draft)
-        self._calls: ToolCallStream | None = None
         self._queued_seconds = time.perf_counter() - self._asked_at
         self.has_started = True
 
@@ -158,8 +160,14 @@ class Answering:
     def pause(self) -> None:
         """Give up the cache; the tokens are read again when there is room."""
         self.cache, self.read = [], 0
+        self._forget_what_was_read()
         if self.drafting:
             self.drafting.let_go()
+
+    def _forget_what_was_read(self) -> None:
+        self._hidden = np.zeros(1)
+        self._logprobs: list[float] = []
+        self._is_likeliest: list[bool] = []
 
     def let_go(self) -> None:
         """Hold on to nothing of the model's any more: what has ended may be kept for as long as its reader likes."""
@@ -207,21 +215,20 @@ class Answering:
             or self.request.max_kv  # A window that has turned cannot take it back.
             or self._matcher
             or (self._speculation and self._speculation.would_draft(self._most_drafted, other_rows))
-            or self._sampler.processors
             or self.limit - self.place < 2
         )
         return None if seen or len(chosen) != 1 else Part(chosen[0][0], self.cache, 1)
 
     # What comes of it.
 
-    def results(self, part: Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
+    def results(self, part: Part, rows: mx.array, *, ahead: bool = False) -> list[Sampled]:
         """What the pass says of `part`, (wanted, V) or (wanted, D) → what is wanted of it, not evaluated yet.
 
-        `ahead` is how many tokens before `part` nobody has seen yet."""
+        `ahead` is whether nobody has seen the ids of `part` yet."""
         if not len(rows):
             return []
         if not self.is_reading:
-            return self.sample(rows, ahead)
+            return self.sample(rows, cast(mx.array, part.ids) if ahead else None)
         if self.request.purpose == "embed":
             return [(rows.astype(mx.float32).sum(axis=0),)]
         end = self.read + len(part.ids)
@@ -238,25 +245,34 @@ class Answering:
         for result in results:
             if self.request.purpose == "score":
                 logprobs, is_likeliest = (cast(list[Any], array.tolist()) for array in result)
-                self.channel.put(Scores(tuple(logprobs), tuple(is_likeliest)))
+                self._logprobs += logprobs
+                self._is_likeliest += is_likeliest
             else:
                 self._hidden = self._hidden + np.array(result[0], np.float64)
         if self.request.purpose != "answer" and not self.is_reading:
-            if self.request.purpose == "embed":
-                self.channel.put(Embedding(tuple((self._hidden / len(self.tokens)).tolist())))
+            self.channel.put(self._came_of_reading())
             self.finish("stop")
 
-    def sample(self, logits: mx.array, ahead: int = 0) -> list[Sampled]:
-        """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right."""
+    def _came_of_reading(self) -> Scores | Embedding:
+        if self.request.purpose == "score":
+            return Scores(tuple(self._logprobs), tuple(self._is_likeliest))
+        return Embedding(tuple((self._hidden / len(self.tokens)).tolist()))
+
+    def sample(self, logits: mx.array, unseen: mx.array | None = None) -> list[Sampled]:
+        """logits (1 + guesses, V) → what comes after the last token, and after each guess if it were right.
+
+        The last token may be one that is still being computed, `unseen` (1,)."""
+        place = self.place + (unseen is not None)
         return [
-            self._sampler.sample(logits[n : n + 1], self.place + ahead + n, self._before(n), allowed)
+            self._sampler.sample(logits[n : n + 1], place + n, self._before(n, unseen), allowed)
             for n, allowed in enumerate(self._allowed())
         ]
 
-    def _before(self, guesses: int) -> mx.array:
+    def _before(self, guesses: int, unseen: mx.array | None) -> mx.array:
         if not self._sampler.processors:
             return mx.array([], mx.uint32)
-        return mx.array([*self.tokens[-_LOOK_BACK:], *self._draft[:guesses]])
+        before = mx.array([*self.tokens[-_LOOK_BACK:], *self._draft[:guesses]], mx.uint32)
+        return before if unseen is None else mx.concatenate([before, unseen])
 
     def _allowed(self) -> list[mx.array | None]:
         """For each place the tokens that may come there, or None where all may."""
@@ -305,21 +321,24 @@ class Answering:
             self._matcher.advance(step.token)
             if self._matcher.must_end:
                 text, reason = text + self._text.rest(), "stop"
-        self.channel.put(Token(self._apart(text, bool(reason)), step.token, step.logprob, step.top_logprobs))
+        self.channel.put(Token(self._apart(text, reason), step.token, step.logprob, step.top_logprobs))
         if reason:
             called = reason == "stop" and self._calls and self._calls.calls
             self.finish("tool_calls" if called else reason, self._text.stops.hit)
         return reason is None
 
-    def _apart(self, text: str, last: bool) -> str:
-        """The part of `text` that is no tool call; calls are put out by themselves."""
+    def _apart(self, text: str, reason: str | None) -> str:
+        """The part of `text`, which is the last if there is a `reason`, that is no tool call; calls are put out by
+        themselves."""
         start = self._text.detokenizer.tool_calls_at if self.request.rules.tools else None
         before = len(text) if start is None else max(start - self._shown, 0)
         self._shown += len(text)
         if start is None:
             return text
         self._calls = self._calls or ToolCallStream()
-        found = [*self._calls.feed(text[before:]), *(self._calls.finish() if last else [])]
+        found = self._calls.feed(text[before:])
+        if reason:
+            found += self._calls.finish(cut=reason in _CUT)
         for delta in found:
             if not isinstance(delta, str):
                 self.channel.put(delta)
@@ -331,11 +350,12 @@ class Answering:
         """Say that it has ended, and with which stop string, if with one."""
         self.stop_fetching()
         self.finished = True
-        self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text))
+        cut_call = self._calls.begun if self._calls and reason in _CUT else None
+        self.channel.put(Done(reason, self.usage(), self._queued_seconds, stop_text, cut_call))
 
     def cancel(self) -> None:
         """End it as its reader asked, with the text that was held back."""
-        if self.has_started and (rest := self._apart(self._text.rest(), last=True)):
+        if self.has_started and (rest := self._apart(self._text.rest(), "cancelled")):
             self.channel.put(events.Text(rest))
         self.finish("cancelled")
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..budget import Plan, in_gb, parse_size
 from ..config import Config, MixtralError
-from ..generate import GenerateError, Sampling, check_kv_bits, room_after
+from ..generate import GenerateError, Sampling, check_kv_bits, is_number, room_after
 from ..memory import CRITICAL, NORMAL, WARNING, Step, rss_bytes
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from ..weights import Checkpoint, Loaded, Progress, Share, locate, relief
@@ -35,7 +35,7 @@ from .tools import ToolChoice, tool_rules
 from .worker import Limits, Opened, Worker
 
 Messages = str | Sequence[Message | Mapping[str, Any]]
-"""A user's message, or a conversation; mappings have the fields of `Message`."""
+"""A user's message, or a conversation; mappings have the fields of `Message`, as those of tools have `Tool`'s."""
 _T = TypeVar("_T")
 _CHUNK_TOKENS = 512
 """Tokens in a pass where experts are in memory: few enough not to hold other streams up for long."""
@@ -63,7 +63,7 @@ class Settings(TypedDict, total=False):
     kv_bits: int | None
     max_kv: int | None
     speculate: Literal["n-gram", "draft"] | None
-    response_format: Format | None
+    response_format: Format | Mapping[str, Any] | None
 
 
 _SAMPLING = frozenset(field.name for field in fields(Sampling))
@@ -156,8 +156,8 @@ class Engine:
         self,
         messages: Messages,
         *,
-        tools: Sequence[Tool] = (),
-        tool_choice: str | ToolChoice = "auto",
+        tools: Sequence[Tool | Mapping[str, Any]] = (),
+        tool_choice: str | ToolChoice | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         **settings: Unpack[Settings],
     ) -> Reply:
@@ -178,17 +178,19 @@ class Engine:
         self,
         messages: Messages,
         *,
-        tools: Sequence[Tool] = (),
-        tool_choice: str | ToolChoice = "auto",
+        tools: Sequence[Tool | Mapping[str, Any]] = (),
+        tool_choice: str | ToolChoice | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         **settings: Unpack[Settings],
     ) -> Request:
         """What `chat` asks, to be handed to `submit` or `choices`."""
-        choice = ToolChoice.of(tool_choice) if isinstance(tool_choice, str) else tool_choice
+        offered = [_made(Tool, tool, "tool", "bad_tool") for tool in tools or ()]
+        chosen = ToolChoice.of(tool_choice) if isinstance(tool_choice, str) else tool_choice
+        choice = _made(ToolChoice, chosen, "tool_choice", "bad_tool_choice")
         if not (choice.parallel and parallel_tool_calls):
             # Only a grammar keeps a model from calling several at once.
-            choice = replace(choice, parallel=False, strict=choice.strict or bool(tools))
-        rules = tool_rules(tools, choice, self.tokenizer)
+            choice = replace(choice, parallel=False, strict=choice.strict or bool(offered))
+        rules = tool_rules(offered, choice, self.tokenizer)
         if rules.tools and settings.get("response_format"):
             raise EngineError(
                 "Both tools and a response_format were given, and a reply cannot be held to both.",
@@ -232,8 +234,8 @@ class Engine:
 
     def choices(self, n: int, request: Request) -> list[Reply]:
         """Answer a request `n` times; its prompt is read once. With a seed, the k-th is that of seed + k alone."""
-        if not 1 <= n <= self._limits.max_queue:
-            raise GenerateError(f"n is {n}, expected 1 to {self._limits.max_queue}.", code="bad_sampling")
+        if not (is_number(n, int) and 1 <= n <= self._limits.max_queue):
+            raise GenerateError(f"n is {n!r}, expected 1 to {self._limits.max_queue}.", code="bad_sampling")
         seed = _seed(request)
         each = [(seed + k) % (1 << 64) for k in range(n)]
         return self._submit([replace(request, sampling=replace(request.sampling, seed=one)) for one in each])
@@ -241,16 +243,19 @@ class Engine:
     def _submit(self, requests: Sequence[Request]) -> list[Reply]:
         requests = [self._with_defaults(request) for request in requests]
         limits = [self._checked(request) for request in requests]
+        grammar = self._compiled(requests[0])  # They differ in their seeds only.
         answerings = [
-            _answering(request, limit, self._compiled(request), self._passes, self._worker)
+            _answering(request, limit, grammar, self._passes, self._worker)
             for request, limit in zip(requests, limits, strict=True)
         ]
         self._worker.submit(*answerings)
-        return [Reply(answering.channel) for answering in answerings]
+        return [Reply(answering.channel, self) for answering in answerings]
 
     def _with_defaults(self, request: Request) -> Request:
         sampling = replace(request.sampling, seed=_seed(request))
-        bits = request.kv_bits if request.max_kv else request.kv_bits or self._loading.kv_bits
+        bits = request.kv_bits
+        if bits is None and request.max_kv is None:
+            bits = self._loading.kv_bits
         return replace(request, sampling=sampling, kv_bits=bits)
 
     def _checked(self, request: Request) -> int:
@@ -260,10 +265,15 @@ class Engine:
         context = self.config.max_position_embeddings if window else self.context
         room = room_after(request.prompt, self.config.vocab_size, context, least=answers)
         check_kv_bits(self.config, request.kv_bits)
-        if window is not None and not 8 <= window <= self.context:
-            raise GenerateError(f"max_kv is {window}, expected 8 to {self.context:,}.", code="bad_sampling")
+        if window is not None and not (is_number(window, int) and 8 <= window <= self.context):
+            raise GenerateError(f"max_kv is {window!r}, expected 8 to {self.context:,}.", code="bad_sampling")
         if window and request.kv_bits:
             raise _not_together("kv_bits and max_kv", "a window cannot be quantized")
+        if not isinstance(request.response_format, Format | None):
+            raise EngineError(
+                f"response_format is a {type(request.response_format).__name__}, expected a Format.",
+                code="bad_response_format",
+            )
         if request.speculate not in (None, "n-gram", "draft"):
             raise GenerateError(f"speculate is {request.speculate!r}, expected n-gram or draft.", code="bad_sampling")
         if request.speculate == "draft" and not self._draft:
@@ -276,9 +286,9 @@ class Engine:
             raise _not_together("speculate and max_kv", "a window cannot take back what was guessed wrong")
         if request.speculate and self._limits.deterministic:
             raise _not_together("speculate and deterministic", "how much is guessed hangs on measured times")
-        if not 1 <= request.scored_from <= len(request.prompt):
+        if not (is_number(request.scored_from, int) and 1 <= request.scored_from <= len(request.prompt)):
             raise GenerateError(
-                f"scored_from is {request.scored_from}, expected 1 to {len(request.prompt)}.", code="bad_sampling"
+                f"scored_from is {request.scored_from!r}, expected 1 to {len(request.prompt)}.", code="bad_sampling"
             )
         if not answers:
             _check_reads_only(request)
@@ -295,13 +305,13 @@ class Engine:
         try:
             return self._compilers.submit(self._compiler.compiled, asked, begins=begins)
         except RuntimeError:
-            raise EngineError("The engine is closed.", code="closed", hint="Load the model again.") from None
+            raise self._worker.why_closed() from None
 
     def use_adapter(self, folder: str | Path | None) -> None:
         """Put a LoRA adapter in mlx-lm's format into the model, or none; replaces the one that is there.
 
         Requests asked before it end with the one they began with; returns once it is done. Raises `MixtralError`, and
-        after an adapter that does not fit the model has none."""
+        after an adapter that does not fit the model, or its memory, has none."""
         if folder is not None and self._loading.share:
             raise _not_split("An adapter")
         adapter = Adapter.read(Path(folder).expanduser()) if folder is not None else None
@@ -309,7 +319,9 @@ class Engine:
 
         def swap(opened: Opened) -> None:
             opener.adapter, worker.adapter = None, ""
-            worker.opened = opener.adapted(opened, adapter)
+            # Out first: after one that is refused there is none, whatever it was refused for.
+            worker.opened = opener.adapted(opened, None)
+            worker.opened = opener.adapted(worker.opened, adapter)
             opener.adapter, worker.adapter = adapter, adapter.key if adapter else ""
 
         worker.call_between(swap).result()
@@ -600,12 +612,14 @@ def _close(worker: Worker, compilers: ThreadPoolExecutor) -> None:
 
 def _request(prompt: Sequence[int], settings: Settings) -> Request:
     asked: dict[str, Any] = dict(settings)
-    if "stop" in asked:
-        asked["stop"] = (asked["stop"],) if isinstance(asked["stop"], str) else tuple(asked["stop"])
+    if isinstance(stop := asked.get("stop"), Sequence):
+        asked["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if unknown := sorted(asked.keys() - Settings.__annotations__.keys()):
         raise GenerateError(
             f"There is no setting {unknown[0]!r}.", code="unknown_setting", hint=f"There are {_names()}."
         )
+    if asked.get("response_format") is not None:
+        asked["response_format"] = _made(Format, asked["response_format"], "response_format", "bad_response_format")
     sampling = Sampling(**{name: value for name, value in asked.items() if name in _SAMPLING})
     return Request(tuple(prompt), sampling, **{name: value for name, value in asked.items() if name not in _SAMPLING})
 
@@ -622,21 +636,25 @@ def _seed(request: Request) -> int:
 def _as_messages(messages: Messages) -> list[Message]:
     if isinstance(messages, str):
         return [Message("user", messages)]
-    made = [_made(Message, message, "message") for message in messages]
+    made = [_made(Message, message, "message", "bad_message") for message in messages]
     return [
-        replace(message, tool_calls=tuple(_made(ToolCall, call, "tool call") for call in message.tool_calls))
+        replace(
+            message,
+            tool_calls=tuple(_made(ToolCall, call, "tool call", "bad_message") for call in message.tool_calls or ()),
+        )
         for message in made
     ]
 
 
-def _made(cls: type[_T], given: _T | Mapping[str, Any], what: str) -> _T:
+def _made(cls: type[_T], given: _T | Mapping[str, Any], what: str, code: str) -> _T:
     """`given`, made of its fields where it is a mapping."""
     if isinstance(given, cls):
         return given
     try:
         return cls(**given)  # type: ignore[arg-type]
     except TypeError as error:
-        raise GenerateError(f"There is no such {what}: {error}.", code="bad_message") from None
+        names = ", ".join(field.name for field in fields(cls))  # type: ignore[arg-type]
+        raise GenerateError(f"There is no such {what}: {error}.", code=code, hint=f"It has {names}.") from None
 
 
 def _never() -> bool:

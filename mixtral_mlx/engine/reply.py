@@ -81,10 +81,12 @@ class Reply:
     """An answer as it comes. Iterate over it (`for` or `async for`) for events, or ask for the `result`.
 
     Raises `EngineError`, or another `MixtralError`, where the request could not be answered. One reader at a time.
-    Dropping it, leaving its `with` block, or cancelling the task that reads it cancels the request."""
+    Dropping it, leaving its `with` block, or cancelling the task that reads it cancels the request. It keeps its
+    `engine`, which ends when nobody has it any more, until it has been read to its end."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, engine: object = None) -> None:
         self._channel = channel
+        self._engine = engine
         self._seen: list[Event] = []
         self._error: BaseException | None = None
         self._finalizer = weakref.finalize(self, channel.abandon)
@@ -156,6 +158,8 @@ class Reply:
         return bool(self._seen) and isinstance(self._seen[-1], Done)
 
     def _taken(self, event: Event | BaseException) -> Event:
+        if isinstance(event, Done | BaseException):
+            self._engine = None
         if isinstance(event, BaseException):
             self._error = event
             raise event

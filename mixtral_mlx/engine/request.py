@@ -113,12 +113,13 @@ class Embedding:
 class Done:
     """The end: "stop" (the model, a stop string or a grammar ended it), "length", "tool_calls" or "cancelled".
 
-    `stop_text` is the stop string, if one ended it."""
+    `stop_text` is the stop string, if one ended it; `cut_call` the number of the tool call that came in part only."""
 
     finish_reason: str
     usage: Usage
     queued_seconds: float = 0.0
     stop_text: str = ""
+    cut_call: int | None = None
 
 
 Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Done
@@ -126,7 +127,9 @@ Event = PromptProgress | Token | Text | ToolCallDelta | Scores | Embedding | Don
 
 @dataclass(frozen=True)
 class Result:
-    """A whole answer. `logprobs` and `top_logprobs` have an entry for each of its `tokens`."""
+    """A whole answer. `logprobs` and `top_logprobs` have an entry for each of its `tokens`.
+
+    Of `tool_calls` the one numbered `cut_call` is not complete: `max_tokens` or a cancellation ended it."""
 
     text: str
     tokens: tuple[int, ...]
@@ -139,6 +142,7 @@ class Result:
     scores: Scores
     embedding: tuple[float, ...]
     stop_text: str = ""
+    cut_call: int | None = None
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> Result:
@@ -155,17 +159,11 @@ class Result:
             finish_reason=done.finish_reason,
             usage=done.usage,
             queued_seconds=done.queued_seconds,
-            scores=_joined([event for event in events if isinstance(event, Scores)]),
+            scores=next((event for event in events if isinstance(event, Scores)), Scores()),
             embedding=next((event.values for event in events if isinstance(event, Embedding)), ()),
             stop_text=done.stop_text,
+            cut_call=done.cut_call,
         )
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    return Scores(
-        tuple(logprob for part in parts for logprob in part.logprobs),
-        tuple(is_likeliest for part in parts for is_likeliest in part.is_likeliest),
-    )
 
 
 def _calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:

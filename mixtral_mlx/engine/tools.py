@@ -1,7 +1,7 @@
 """Tool calls: which functions the model may or must call, a grammar that holds it to that, and calls while they come.
 
 Only for tokenizers with a `[TOOL_CALLS]` token (v3, Mixtral 8x22B). Returns grammars as Lark text and never runs them;
-how tools are told to the model, and a whole reply's calls, are prompt.py's."""
+how tools are told to the model is prompt.py's."""
 
 from __future__ import annotations
 
@@ -85,13 +85,20 @@ def tool_rules(tools: Sequence[Tool], choice: ToolChoice, tokenizer: Tokenizer) 
 def _check(tools: Sequence[Tool], choice: ToolChoice) -> None:
     names = [tool.name for tool in tools]
     for place, name in enumerate(names):
-        if not FUNCTION_NAME.fullmatch(name):
+        if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
             raise ToolError(
                 f"A tool is named {name!r}, expected 1 to 64 letters, digits, - and _.", code="bad_tool_name"
             )
         if name in names[:place]:
             raise ToolError(
                 f"Two tools are named {name}.", code="duplicate_tool", hint="Give each function a name of its own."
+            )
+    for tool in tools:
+        if not isinstance(tool.parameters, dict):
+            raise ToolError(
+                f"The parameters of the tool {tool.name} are a {type(tool.parameters).__name__}, expected a dict.",
+                code="bad_tool_parameters",
+                hint="Give a JSON schema of the arguments, {} if there are none.",
             )
     if choice.mode == "required" and not tools:
         raise ToolError(
@@ -152,7 +159,7 @@ class ToolCallDelta:
 class ToolCallStream:
     """Text after `[TOOL_CALLS]` in, in any parts; calls out, as soon as they are known.
 
-    `calls` are the complete ones, as `parse_tool_calls` would find them, but with arguments as the model wrote them.
+    `calls` are the complete ones, as reading the whole text at once would find them, but with arguments as written.
     What is no list of calls comes out as text, all of it that no call was made of. An id written after the name comes
     too late to be used."""
 
@@ -160,6 +167,7 @@ class ToolCallStream:
         self.calls: list[ToolCall] = []
         self.is_complete = False
         """Whether the text so far is a whole list of calls."""
+        self._begun = 0
         self._held: list[str] = []
         self._deltas: list[ToolCallDelta] = []
         self._failed = False
@@ -179,10 +187,15 @@ class ToolCallStream:
                 return [*self._take_deltas(), self._take_held() + text[place:]]
         return self._take_deltas()
 
-    def finish(self) -> list[ToolCallDelta | str]:
-        """The text ends here; returns what was held back."""
+    @property
+    def begun(self) -> int | None:
+        """The number of the call that was begun last, if it is not complete and may still become so."""
+        return self._begun - 1 if self._begun > len(self.calls) and not self._failed else None
+
+    def finish(self, *, cut: bool = False) -> list[ToolCallDelta | str]:
+        """The text ends here; returns what was held back. Where it was `cut`, that is no text, but part of a call."""
         text = self._take_held()
-        return [] if self.is_complete or not text else [text]
+        return [] if cut or self.is_complete or not text else [text]
 
     def _read(self) -> _Reader[None]:
         char = yield from _next()
@@ -232,6 +245,7 @@ class ToolCallStream:
         if not FUNCTION_NAME.fullmatch(name):
             raise _NoCallsError
         call.name, call.id = name, call.id or new_call_id()
+        self._begun = call.index + 1
         self._give(ToolCallDelta(call.index, call.id, name, "".join(call.arguments)))
 
     def _add_arguments(self, call: _Call, value: _Value, char: str) -> None:

@@ -162,7 +162,7 @@ class Worker:
         """Have requests answered, all of them or none; raises `EngineError` where they cannot even wait."""
         with self._changed:
             if self._closing:
-                raise self.lost or _closed()
+                raise self.why_closed()
             if len(self._waiting) + len(answerings) > self.limits.max_queue:
                 raise EngineError(
                     f"{len(self._waiting)} requests wait already, and no more than {self.limits.max_queue} may.",
@@ -175,10 +175,7 @@ class Worker:
 
     def cancel(self, answering: Answering) -> None:
         """A request's reader wants no more of it: it ends at once where it waits, else before the next step."""
-        queued = self._take_from_queue(answering)
-        if queued:
-            self.counts.cancelled += 1
-            answering.cancel()
+        self._cancel_waiting(answering)
         self.wake()
 
     def wake(self) -> None:
@@ -222,6 +219,10 @@ class Worker:
             if not answering.finished:
                 answering.fail(error)
 
+    def why_closed(self) -> MixtralError:
+        """What everything ends with that is asked once this has ended."""
+        return self.lost or EngineError("The engine is closed.", code="closed", hint="Load the model again.")
+
     def _call(self, function: Callable[[], T], queue: Callable[[Callable[[], object]], None]) -> Future[T]:
         future: Future[T] = Future()
 
@@ -235,7 +236,7 @@ class Worker:
 
         with self._changed:
             if self._closing:
-                raise _closed()
+                raise self.why_closed()
             queue(run)
             self._changed.notify_all()
         return future
@@ -245,6 +246,12 @@ class Worker:
             self._waiting.remove(answering)
             return True
         return False
+
+    def _cancel_waiting(self, answering: Answering) -> None:
+        if self._take_from_queue(answering):
+            self.counts.cancelled += 1
+            answering.cancel()
+            answering.let_go()  # It may have run before, and been paused.
 
     # The thread.
 
@@ -257,7 +264,7 @@ class Worker:
             except BaseException as error:
                 self._break_off(self._running, error)
             self.busy_since = None
-        self._break_off([*self._running, *self._waiting], _closed())
+        self._break_off([*self._running, *self._waiting], self.why_closed())
         self._waiting.clear()
         for call in (*self._calls, *(call for call, _ in self._calls_between)):
             call()  # They find the engine closed.
@@ -309,7 +316,7 @@ class Worker:
 
     def _open(self) -> Opened:
         if self._closing:
-            raise _closed()
+            raise self.why_closed()
         if self.opened is None:
             self.state = "loading"
             try:
@@ -322,6 +329,7 @@ class Worker:
         return self.opened
 
     def _unload(self) -> None:
+        self._drop_cancelled()
         if self._running or self._waiting:
             raise EngineError("Requests are running.", code="busy", hint="Cancel them first.", retryable=True)
         self._let_go()
@@ -352,9 +360,8 @@ class Worker:
         with self._changed:
             waiting = list(self._waiting)
         for answering in waiting:
-            if answering.channel.is_cancelled and self._take_from_queue(answering):
-                self.counts.cancelled += 1
-                answering.cancel()
+            if answering.channel.is_cancelled:
+                self._cancel_waiting(answering)
 
     # Who runs.
 
@@ -563,15 +570,17 @@ class Worker:
     # A pass.
 
     def _launch(self, group: Sequence[tuple[Answering, batch.Part]]) -> _Launched | None:
-        """Describe a pass to MLX; None where that already failed."""
+        """Describe a pass to MLX, which begins it where it runs by itself; None where that already failed."""
         assert self.opened
         begun = time.perf_counter()
         try:
             logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
+            results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
+            if self.opened.loaded.model.runs_ahead:
+                mx.async_eval(results, watched.arrays)  # Else its tokens would wait for the pass described next.
         except BaseException as error:
             self._break_off([answering for answering, _ in group], error)
             return None
-        results = [self._results(a, part, rows) for (a, part), rows in zip(group, logits, strict=True)]
         return _Launched(group, results, watched, begun)
 
     def _finish(self, launched: _Launched) -> None:
@@ -606,13 +615,13 @@ class Worker:
         if len(group) < len(launched.group):
             return None  # What the others need has to be seen first.
         logits, watched = self._watch.run(self.opened.loaded.model, [part for _, part in group])
-        results = [self._results(a, part, rows, ahead=1) for (a, part), rows in zip(group, logits, strict=True)]
+        results = [self._results(a, part, rows, ahead=True) for (a, part), rows in zip(group, logits, strict=True)]
         mx.async_eval(results, watched.arrays)
         return _Launched(group, results, watched, time.perf_counter())
 
-    def _results(self, answering: Answering, part: batch.Part, rows: mx.array, ahead: int = 0) -> list[Sampled]:
+    def _results(self, answering: Answering, part: batch.Part, rows: mx.array, *, ahead: bool = False) -> list[Sampled]:
         try:
-            return answering.results(part, rows, ahead)
+            return answering.results(part, rows, ahead=ahead)
         except Exception as error:  # A grammar's or a sampler's: this request's alone.
             self._end(answering, error)
             return []
@@ -697,7 +706,7 @@ class Worker:
     def _end(self, answering: Answering, error: BaseException) -> None:
         """A request has failed."""
         self.counts.failed += 1
-        error = _closed() if self._closing else error
+        error = self.why_closed() if self._closing else error
         if answering in self._running:
             self._running.remove(answering)
         answering.fail(coded(error))
@@ -728,10 +737,6 @@ def coded(error: BaseException) -> MixtralError:
         hint="The engine goes on with other requests. If it happens again, please report it.",
         retryable=True,
     )
-
-
-def _closed() -> EngineError:
-    return EngineError("The engine is closed.", code="closed", hint="Load the model again.")
 
 
 def _shared_enough(other: Answering) -> int:

@@ -272,7 +272,8 @@ class MessagesCall(Call):
         content: list[dict[str, Any]] = [{"type": "text", "text": result.text}] if result.text else []
         content += [
             {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)}
-            for call in result.tool_calls
+            for place, call in enumerate(result.tool_calls)
+            if place != result.cut_call  # Half of an input is no object; a stream gives as much as there is.
         ]
         ending = self.ending(result.finish_reason, result.stop_text, result.usage)
         return self.message(content, ending, _usage(result.usage))

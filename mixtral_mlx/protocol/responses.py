@@ -309,7 +309,8 @@ class ResponsesCall(Call):
             item.parts.append(call.arguments)
             items.append(item)
         status = status_after(result.finish_reason)
-        return self.response(status, _all_written(items, status), result.usage)
+        last = _status_of_last(items[-1], status, result.cut_call)
+        return self.response(status, _all_written(items, last), result.usage)
 
     def stream(self) -> ResponsesStream:
         return ResponsesStream(self)
@@ -318,6 +319,11 @@ class ResponsesCall(Call):
 def status_after(reason: str) -> str:
     """What became of a response that ended for this reason."""
     return "completed" if reason in ("stop", "tool_calls") else "incomplete"
+
+
+def _status_of_last(item: _Item, status: str, cut_call: int | None) -> str:
+    """A call that is complete stays so where the response is not."""
+    return "completed" if item.call and cut_call is None else status
 
 
 def _all_written(items: Sequence[_Item], status: str) -> list[dict[str, Any]]:
@@ -460,8 +466,9 @@ class ResponsesStream(Stream):
         if not self._items:
             frames += self._opened(-1, _message_item())
         status = status_after(event.finish_reason)
-        frames += self._closed(status)
-        response = self._call.response(status, _all_written(self._items, status), event.usage)
+        last = _status_of_last(self._items[-1], status, event.cut_call)
+        frames += self._closed(last)
+        response = self._call.response(status, _all_written(self._items, last), event.usage)
         return [*frames, self._frame(status, response=response)]
 
     def _at(self, item: _Item) -> dict[str, Any]:

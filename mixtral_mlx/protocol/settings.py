@@ -83,11 +83,11 @@ class OpenAISampling(Extensions):
 
 
 def temperature_and_top_p(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """These settings; 1 where they were left out. A top_p of 0 leaves the likeliest token alone."""
-    settings: dict[str, Any] = {"temperature": 1.0 if temperature is None else temperature}
-    if top_p == 0:
-        return {**settings, "top_k": 1}
-    return {**settings, "top_p": 1.0 if top_p is None else top_p}
+    """These settings; 1 where they were left out."""
+    return {
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if top_p is None else top_p,
+    }
 
 
 def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
