@@ -22,6 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
     "routing": {"model"},
+    "hub": {"config"},
     "weights": {"budget", "config", "cpu", "experts", "memory", "model"},
     "prompt": {"config"},
     "generate": {"borrowed", "budget", "config", "model", "prompt"},

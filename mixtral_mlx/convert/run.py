@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..hub.fetch import fetch
+from ..hub.listing import list_files
 from . import mlx as mlx_folders
-from .fetch import fetch
-from .hub import list_files
 from .journal import SOURCE, Journal, disk_errors
 from .names import ConvertError, Piece, matrices
 from .order import KEEP, Order, Request

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub has: a repository's files at one commit, those a conversion needs, and who may have them.
+"""What the Hugging Face hub has: a repository's files at one commit, those that are needed, and who may have them.
 
 huggingface_hub asks; here its answers are checked, and its refusals said with what a person can do about them. Bringing
 the files is left to `fetch`."""
@@ -73,7 +73,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one commit: all its files, and those a conversion needs, small ones first, then `weights`."""
+    """A repository at one commit: all its files, and those that are needed, small ones first, then `weights`."""
 
     repo: str
     revision: str

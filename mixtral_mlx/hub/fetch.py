@@ -1,8 +1,8 @@
 """Fetch a repository's files one by one, over a network that drops.
 
 Here is what huggingface_hub does not do: going on with half a file, checking every file against the hub's own hash, and
-fetching one file ahead. What there is to fetch is `hub`'s business; converting, and removing what has been converted,
-is left to the caller."""
+fetching one file ahead. What there is to fetch is `listing`'s business; what is done with the files is left to the
+caller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from ..config import shown
-from .hub import HubFile, Listing, cached, explained, not_here, url_of
+from .listing import HubFile, Listing, cached, explained, not_here, url_of
 from .patience import GO_ON, HubError, PassingError, Patience, Setbacks, is_passing, pause_asked
 
 Progress = Callable[[int, int], None]
