@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"borrowed", "config"},
     "routing": {"model"},
     "hub": {"config"},
-    "weights": {"budget", "config", "cpu", "experts", "memory", "model"},
+    "weights": {"budget", "config", "cpu", "experts", "hub", "memory", "model"},
     "prompt": {"config"},
     "generate": {"borrowed", "budget", "config", "model", "prompt"},
     "experts": {"borrowed", "config", "memory", "model"},
