@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -31,7 +32,8 @@ from mixtral_mlx.weights import Checkpoint, load, locate
 from .checkpoints import TINY, read_arrays, write_tiny, write_weights
 from .conversions import contents
 from .hub_server import Fault, HubServer, Repo, hub_server
-from .test_hub import CUT, own_session, point_at
+from .test_helper import started
+from .test_hub import CUT, own_session, point_at, wait_until
 
 __all__ = ["own_session"]
 REPO = "org/mix"
@@ -292,6 +294,39 @@ def test_ctrl_c_stops_a_command_that_fetches_and_the_same_command_goes_on(
     wait_for_fetchers()
     assert main(command) == 0
     assert " of it here" in capsys.readouterr().err
+
+
+def test_an_app_sees_how_far_fetching_is_and_can_stop_it(
+    hub: HubServer, files: dict[str, bytes], blobs: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    go_on = threading.Event()
+
+    def hold_up(path: str, count: int) -> None:
+        if sent(hub) > size(files) // 2:
+            go_on.wait()
+
+    hub.on_sent = hold_up
+    with started(env=environment) as app:
+        app.send(type="load", id="1", model=REPO)
+        assert app.until("loading")[-1]["phase"] == "fetching"
+        assert wait_until(lambda: has_begun(blobs))
+        app.send(type="cancel", id="2", request="1")
+        assert app.until("error", id="1")[-1]["code"] == "cancelled"
+        go_on.set()
+        came = app.ask("3", type="load", model=REPO)
+        assert came[-1]["type"] == "ready"
+    phases = [one["phase"] for one in came[:-1]]
+    assert phases == sorted(phases)
+    assert set(phases) == {"fetching", "loading"}
+    assert came[0]["total_bytes"] == size(files)
+    assert came[0]["done_bytes"] > 0
+
+
+def has_begun(blobs: Path) -> bool:
+    with suppress(FileNotFoundError):  # It became whole in the meantime.
+        return any(part.stat().st_size for part in blobs.glob("*.incomplete"))
+    return False
 
 
 def test_a_network_that_drops_and_lies_changes_no_bytes(hub: HubServer, files: dict[str, bytes]) -> None:
