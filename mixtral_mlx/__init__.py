@@ -8,6 +8,7 @@
     experts    experts that stay on the SSD until they are needed
     cpu        products and attention where there is no GPU
     routing    which experts each token is given, noted on a loaded model
+    hub        what a repository on Hugging Face has, and its files fetched
     weights    folder ↔ model, strictly checked
     prompt     messages and tools → token ids; generated ids → text and tool calls
     generate   one prompt → a stream of chunks

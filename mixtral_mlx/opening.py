@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import MixtralError
-from .session import ChatError, Ready
-from .terminal import Bar, CtrlC, notice
+from .session import ChatError, Ready, shown_bytes
+from .terminal import Bar, CtrlC, Screen, notice
 
 if TYPE_CHECKING:
     from .distributed.link import Place
@@ -81,11 +81,9 @@ def joined(choice: ModelChoice, on_lost: Callable[[MixtralError], object]) -> It
     if place.rank:
         # A Ctrl-C in a terminal is for rank 0, which says what comes of it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    folder = located(choice.name, offline=choice.offline, quiet=choice.quiet or bool(place.rank))
     with notice("Meeting the other ranks …", quiet=choice.quiet or bool(place.rank)):
         from .distributed.ranks import Loading, together
-        from .weights import locate
-
-        folder = _fetched(locate, choice)
     loading = Loading(
         choice.parallel or "pipeline", choice.split, choice.dtype, choice.context, choice.kv_bits, choice.memory_bytes
     )
@@ -121,6 +119,43 @@ def _place() -> Place | None:
     return Place.find()
 
 
+def located(name: str | None, *, offline: bool, quiet: bool) -> Path:
+    """The folder of a model. What of a repository is not here is fetched, with a bar; the first Ctrl-C stops that.
+
+    Raises `MixtralError`."""
+    from .weights import locate
+
+    with CtrlC() as stopped, fetching(quiet=quiet) as progress:
+        return locate(name, offline=offline, on_progress=progress, cancelled=stopped)
+
+
+@contextmanager
+def fetching(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Whom to tell how far a repository has been fetched: says how large it is, and then how far."""
+    screen = Screen("Fetching", quiet=quiet, size="bytes")
+    said = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal screen, said
+        if total != said:
+            screen.end()
+            screen = Screen("Fetching", quiet=quiet, size="bytes")  # Its clock begins now.
+            here = f", {shown_bytes(done)} of it here" if done else ""
+            screen.phase(f"Fetching {shown_bytes(total)} into the Hugging Face cache{here}")
+            said = total
+        screen.progress(done, total)
+
+    try:
+        yield progress
+    except MixtralError as error:
+        screen.end()
+        if error.code == "cancelled" and said and not quiet:
+            print(f"Stopped. {error.hint}".rstrip(), file=sys.stderr)
+        raise
+    finally:
+        screen.end()
+
+
 @dataclass(frozen=True)
 class Plain:
     """A model for the plain path, on this thread, with what people call it, its tokenizer and one running cache."""
@@ -138,7 +173,7 @@ def open_model(choice: ModelChoice) -> Plain:
         from .generate import Conversation
         from .prompt import Tokenizer
         from .weights import load, locate
-    folder = _fetched(locate, choice)
+    folder = _fetched(choice)
     with CtrlC() as stopped, _loading(choice) as bar:
         tokenizer = Tokenizer.read(folder)
         loaded = load(
@@ -175,7 +210,7 @@ def open_engine(choice: ModelChoice, *, instead_of: Engine | None = None, **opti
         from . import cpu
         from .engine.engine import load
         from .weights import locate
-    folder = _fetched(locate, choice)
+    folder = _fetched(choice)
     giving_way = _giving_way(instead_of, folder, choice) if instead_of else nullcontext()
     with giving_way, CtrlC() as stopped, _loading(choice) as bar:
         engine = load(
@@ -219,10 +254,8 @@ _FOR_ALL_KERNELS = 17
 """Tokens of a prompt that, with one more, has every kernel compiled."""
 
 
-def _fetched(locate: Callable[..., Path], choice: ModelChoice) -> Path:
-    if choice.quiet or not sys.stderr.isatty():
-        silence_downloads()
-    return locate(choice.name, offline=choice.offline)
+def _fetched(choice: ModelChoice) -> Path:
+    return located(choice.name, offline=choice.offline, quiet=choice.quiet)
 
 
 def _loading(choice: ModelChoice) -> Bar:
@@ -236,13 +269,6 @@ def _compiling(choice: ModelChoice) -> AbstractContextManager[None]:
 def _say_note(loaded: Loaded, choice: ModelChoice) -> None:
     if loaded.note and not choice.quiet:
         print(loaded.note, file=sys.stderr, flush=True)
-
-
-def silence_downloads() -> None:
-    """Keep what fetches a model from drawing bars of its own."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
 
 
 def _shown_name(choice: ModelChoice, *, is_demo: bool) -> str:

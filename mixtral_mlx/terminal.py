@@ -11,6 +11,8 @@ import signal
 import sys
 import termios
 import textwrap
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,9 @@ from .config import MixtralError
 
 # All control characters but newline and tab, and the marks that turn the direction of writing around.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_AT_LEAST_BYTES = 1 << 26
+_LINE_EVERY_S = 10.0
 
 
 def clean(text: str) -> str:
@@ -151,6 +156,70 @@ class Bar:
         progress.add_task(self.label)
         progress.start()
         return progress
+
+
+class Screen:
+    """Shows progress: a line for each phase, and one bar; where there is no terminal, a line now and then instead."""
+
+    def __init__(self, label: str, *, quiet: bool, size: str) -> None:
+        self.label = label
+        self.quiet = quiet
+        self.size = size
+        self.lock = threading.RLock()
+        self.bar: Bar | None = None
+        self.plain = not quiet and not sys.stderr.isatty()
+        self.last = time.monotonic()
+        self.first = (self.last, 0)
+
+    def phase(self, line: str) -> None:
+        """Say what is done from now on."""
+        with self.lock:
+            if not self.quiet:
+                (self.bar or Bar(self.label)).above(line)
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        with self.lock:
+            if self.plain:
+                self._line(done, total)
+                return
+            if not self.bar:
+                at_least = _AT_LEAST_BYTES if self.size == "bytes" else 4
+                self.bar = Bar(self.label, quiet=self.quiet, at_least=at_least, size=self.size)
+            self.bar(done, total)
+            if done >= total:
+                self.end()
+
+    def end(self) -> None:
+        """Take the bar away."""
+        with self.lock:
+            if self.bar:
+                self.bar.__exit__()
+            self.bar = None
+
+    def _line(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < self.first[1] or not self.first[1]:
+            self.first = (now, done)
+        if now - self.last < _LINE_EVERY_S or done >= total:
+            return
+        self.last = now
+        spent, came = now - self.first[0], done - self.first[1]
+        left = f", {in_time((total - done) * spent / came)} left" if came else ""
+        speed = f", {came / spent / 1e6:,.0f} MB/s" if self.size == "bytes" and came else ""
+        print(f"{self.label}: {100 * done // total} %{speed}{left}", file=sys.stderr, flush=True)
+
+
+def in_time(seconds: float) -> str:
+    """A time as people read it."""
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
 
 
 class PlainText:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ _EXPERT = re.compile(
 )
 _EXPERTS_TENSOR = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.switch_mlp\.(.+)")
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_INDEX = "model.safetensors.index.json"
 _DAMAGED = "The file is damaged or was not fetched whole. Fetch it again."
 
 
@@ -210,8 +211,18 @@ class Share(Protocol):
         """Have `call` called, on any thread, when the others are lost and nothing can be computed any more."""
 
 
-def locate(model: str | Path | None, *, offline: bool = False) -> Path:
-    """The folder of `model`: a path, a Hugging Face repository (fetched unless `offline`), or None for the demo."""
+def locate(
+    model: str | Path | None,
+    *,
+    offline: bool = False,
+    on_progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Path:
+    """The folder of `model`: a path, a Hugging Face repository (fetched unless `offline`), or None for the demo.
+
+    What of a repository is not in the Hugging Face cache is fetched, the weights only of a Mixtral and if the disk has
+    room for them; `on_progress` and `cancelled` are for that. After an error or a kill the next call goes on. Raises
+    `MixtralError`."""
     if model is None:
         return Path(__file__).parent / "demo" / "model"
     folder = Path(model)
@@ -224,12 +235,33 @@ def locate(model: str | Path | None, *, offline: bool = False) -> Path:
                 f"{folder} is a file, expected a folder with a Mixtral checkpoint in it.", code="not_a_folder"
             )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not str(model).startswith("."):
-        return _from_hub(str(model), offline)
+        return _in_cache(str(model), offline, on_progress, cancelled)
     raise WeightsError(
         f"There is no folder {folder}.",
         code="no_model",
         hint="Give a checkpoint folder, or a Hugging Face repository such as mistralai/Mixtral-8x7B-Instruct-v0.1.",
     )
+
+
+def _in_cache(repo: str, offline: bool, on_progress: Progress | None, cancelled: Callable[[], bool] | None) -> Path:
+    """The folder of a repository in the Hugging Face cache, complete."""
+    # Here, since most models are folders, and huggingface_hub takes long to import.
+    from .hub.patience import HubError
+    from .hub.snapshot import snapshot
+
+    try:
+        return snapshot(repo, _weights_of, offline=offline, on_progress=on_progress, cancelled=cancelled)
+    except HubError as error:
+        if error.code not in ("hub_not_found", "bad_repository", "offline"):
+            raise
+        # It may have been meant as a folder.
+        raise WeightsError(f"There is no folder {repo} here. {error}", code="no_model", hint=error.hint) from None
+
+
+def _weights_of(folder: Path) -> Collection[str] | None:
+    """The files of weights that belong to the configuration in `folder`, a Mixtral's, as far as an index lists them."""
+    Config.read(folder)
+    return set(_read_index(index).values()) if exists(index := folder / _INDEX) else None
 
 
 def load(
@@ -410,7 +442,7 @@ def _write_folder(folder: Path, arrays: dict[str, mx.array], config: Config) -> 
         weight_map |= dict.fromkeys(names, file)
     total = sum(array.nbytes for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / _INDEX).write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     folder.chmod(0o755)
     for path in [*folder.iterdir(), folder]:
@@ -506,7 +538,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _spans(folder: Path) -> dict[str, Span]:
     """Every tensor in the folder's safetensors files, which must be those its index lists, if it has one."""
-    index_file = folder / "model.safetensors.index.json"
+    index_file = folder / _INDEX
     index = _read_index(index_file) if exists(index_file) else None
     files = sorted(set(index.values())) if index else _weight_files(folder)
     spans: dict[str, Span] = {}
@@ -770,41 +802,3 @@ def _fsync(path: Path) -> None:
 
 def _damaged(file: Path, what: str) -> WeightsError:
     return WeightsError(f"{file} {what}.", code="bad_safetensors", hint=_DAMAGED)
-
-
-def _from_hub(repository: str, offline: bool) -> Path:
-    """The repository's files in the Hugging Face cache, fetched first unless `offline`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    wanted = [
-        "config.json",
-        "model*.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.*",
-        "*tokenizer*.model*",
-    ]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=offline))
-    except GatedRepoError:
-        found, hint = (
-            "asks for its licence to be accepted",
-            "Accept it on huggingface.co, then run: hf auth login",
-        )
-    except RepositoryNotFoundError:
-        found, hint = "does not exist, or not for you", "Check the name; for a private one run: hf auth login"
-    except LocalEntryNotFoundError:
-        found = "is not on this machine" + (
-            ", and --offline forbids fetching it" if offline else " and the hub cannot be reached"
-        )
-        hint = "Fetch it once with a network, or give a folder."
-    except Exception as error:  # Its errors are of many kinds: connections, disk, answers it does not understand.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        found, hint = f"could not be fetched ({reason})", "Try again; what is there is kept."
-    raise WeightsError(
-        f"{repository} is not a folder here, and on Hugging Face it {found}.", code="no_model", hint=hint
-    )

@@ -44,6 +44,7 @@ class Fault:
     at: int = 0
     status: int = 503
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b"{}"
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         fault = self.server.shared.next_fault(f"api/{name}")
         if fault.kind == "status":
-            return self.answer(fault.status, b"{}", fault.headers)
+            return self.answer(fault.status, fault.body, fault.headers)
         if (repo := self.repo(name)) is None:
             return None
         if revision not in ("main", repo.commit):

@@ -211,8 +211,8 @@ sys.exit(main(sys.argv[1:]))
 def test_on_a_terminal_there_is_a_bar_with_speed_and_time_left(source: Path, tmp_path: Path) -> None:
     program = """
 import sys
-from mixtral_mlx.convert import commands
-commands._AT_LEAST_BYTES = 0
+from mixtral_mlx import terminal
+terminal._AT_LEAST_BYTES = 0
 from mixtral_mlx.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -240,11 +240,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_pipe_gets_lines_instead(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixtral_mlx.convert import commands
+    from mixtral_mlx.terminal import Screen
 
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    screen = commands._Screen("Converting", quiet=False, size="bytes")
+    screen = Screen("Converting", quiet=False, size="bytes")
     for done in range(0, 100, 5):
         screen.progress(done * 10**9, 100 * 10**9)
         clock[0] += 4

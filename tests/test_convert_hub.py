@@ -17,10 +17,10 @@ from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
 from mixtral_mlx.config import Config, MixtralError
 from mixtral_mlx.convert import run, streamed
-from mixtral_mlx.convert.patience import Patience
 from mixtral_mlx.convert.pipeline import Events
 from mixtral_mlx.convert.run import Request, convert
 from mixtral_mlx.convert.verify import verify
+from mixtral_mlx.hub.patience import Patience
 
 from .checkpoints import TINY, write_tiny, write_weights
 from .conversions import SOURCE, Task, contents, quick_tokenizer, run_task, ticked, used_up, write_source

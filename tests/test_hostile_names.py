@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mixtral_mlx.config import MixtralError
-from mixtral_mlx.convert.hub import list_files
 from mixtral_mlx.convert.run import Request, convert
 from mixtral_mlx.convert.verify import verify
+from mixtral_mlx.hub.listing import list_files
 
 from .checkpoints import TOKENIZERS
 from .conversions import contents, quick_tokenizer

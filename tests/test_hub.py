@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 
-from mixtral_mlx.convert.fetch import CHUNK_BYTES, fetch, prefetch
-from mixtral_mlx.convert.hub import HubFile, Listing, cached, list_files
-from mixtral_mlx.convert.patience import HubError, Patience
+from mixtral_mlx.hub.fetch import CHUNK_BYTES, fetch, prefetch
+from mixtral_mlx.hub.listing import HubFile, Listing, cached, list_files
+from mixtral_mlx.hub.patience import HubError, Patience
 from tests.hub_server import TOKEN, Fault, HubServer, Repo, hub_server
 
 REPO = "org/mix"
@@ -525,8 +525,8 @@ def test_offline_takes_everything_from_the_cache_or_says_what_is_missing(
 FETCH_ALL = """
 import sys
 from pathlib import Path
-from mixtral_mlx.convert.fetch import prefetch
-from mixtral_mlx.convert.hub import list_files
+from mixtral_mlx.hub.fetch import prefetch
+from mixtral_mlx.hub.listing import list_files
 listing = list_files(sys.argv[1])
 for path in prefetch(listing, listing.needed, Path(sys.argv[2])):
     print(path.name, flush=True)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
@@ -390,116 +386,6 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a file") as caught:
         locate(tmp_path / "mix.gguf")
     assert caught.value.code == "not_a_folder"
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-ASK = """
-import json, sys
-from mixtral_mlx.config import MixtralError
-from mixtral_mlx.weights import locate
-for name in sys.argv[2:]:
-    try:
-        answer = {"folder": str(locate(name, offline=sys.argv[1] == "offline"))}
-    except MixtralError as error:
-        answer = {"code": error.code, "message": str(error), "hint": error.hint}
-    print(json.dumps(answer))
-"""
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of huggingface.co as a download needs; repositories are folders, or one of the `REFUSALS`."""
-
-    root: Path
-    REFUSALS = {  # noqa: RUF012
-        "org/missing": (404, {"X-Error-Code": "RepoNotFound"}, b"{}"),
-        "org/private": (401, {"X-Error-Code": "RepoNotFound"}, b"{}"),
-        "org/unauthorized": (401, {}, b"{}"),
-        "org/gated": (403, {"X-Error-Code": "GatedRepo"}, b"{}"),
-        "org/forbidden": (403, {}, b"{}"),
-        "org/teapot": (418, {}, b"{}"),
-        "org/nonsense": (200, {}, b"<html>"),
-        "org/list": (200, {}, b"[]"),
-        "org/empty": (200, {}, b"{}"),
-    }
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        for name, (status, headers, body) in self.REFUSALS.items():
-            if path.startswith((f"/api/models/{name}", f"/{name}/")):
-                return self.answer(status, body, headers)
-        if path.startswith("/api/models/org/tiny/revision/"):
-            siblings = [{"rfilename": file.name} for file in self.root.iterdir()]
-            return self.answer(200, json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode())
-        if path.startswith("/api/models/org/tiny/tree/"):
-            tree = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": f"{n:040}"}
-                for n, file in enumerate(sorted(self.root.iterdir()))
-            ]
-            return self.answer(200, json.dumps(tree).encode())
-        file = self.root / Path(path).name
-        if path == f"/org/tiny/resolve/{COMMIT}/{file.name}" and file.is_file():
-            etag = f"{sorted(self.root.iterdir()).index(file):040}"
-            return self.answer(200, file.read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-        return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
-    write_tiny(tmp_path / "tiny", SMALL)
-    (tmp_path / "tiny" / "README.md").write_text("not wanted")
-    (tmp_path / "tiny" / "pytorch_model.bin").write_bytes(b"not wanted")
-    handler = type("TinyHub", (Hub,), {"root": tmp_path / "tiny"})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def ask(cache: Path, endpoint: str, *names: str, offline: bool = False) -> list[dict[str, str]]:
-    """What `locate` says of `names` in a process whose hub is at `endpoint`."""
-    environment = {
-        **{"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "PATH": "/usr/bin:/bin"},
-        **{"HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(cache), "PYTHONPATH": ":".join(sys.path)},
-    }
-    command = [sys.executable, "-c", ASK, "offline" if offline else "online", *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_a_repository_is_fetched_once_and_then_found_without_a_network(tmp_path: Path, hub: str) -> None:
-    (fetched,) = ask(tmp_path / "cache", hub, "org/tiny")
-    folder = Path(fetched["folder"])
-    assert "tokenizer.model" in {path.name for path in folder.iterdir()}
-    assert not {"README.md", "pytorch_model.bin"} & {path.name for path in folder.iterdir()}
-    assert load(folder).config == SMALL
-    names = ("org/tiny", "org/other", "org/ti..ny", "org/-tiny", "org/tiny.git")
-    again, other, *strange = ask(tmp_path / "cache", "http://127.0.0.1:9", *names, offline=True)
-    assert again == fetched
-    assert "--offline" in other["message"]
-    assert {answer["code"] for answer in (other, *strange)} == {"no_model"}
-
-
-def test_what_the_hub_refuses_is_said_with_what_to_do(tmp_path: Path, hub: str) -> None:
-    answers = dict(zip(Hub.REFUSALS, ask(tmp_path / "cache", hub, *Hub.REFUSALS), strict=True))
-    assert all(answer["code"] == "no_model" for answer in answers.values())
-    assert all(name in answer["message"] and answer["hint"] for name, answer in answers.items())
-    assert "does not exist" in answers["org/missing"]["message"]
-    assert "hf auth login" in answers["org/private"]["hint"]
-    assert "licence" in answers["org/gated"]["message"]
 
 
 def test_files_without_metadata_load_as_mlx_writes_them(tmp_path: Path) -> None:

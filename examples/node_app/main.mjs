@@ -11,8 +11,8 @@ helper.on("state", (state) => state === "waiting" && console.error("The helper h
 try {
   await helper.start();
   await helper.load(process.env.MODEL ?? "demo", {
-    onProgress: ({ done_bytes, total_bytes }) =>
-      process.stderr.isTTY && process.stderr.write(`\rLoading ${Math.round((100 * done_bytes) / total_bytes)} %`),
+    onProgress: ({ phase, done_bytes, total_bytes }) =>
+      process.stderr.isTTY && process.stderr.write(`\r${phase} ${Math.round((100 * done_bytes) / total_bytes)} % `),
   });
   const content = process.argv.slice(2).join(" ") || "Hello";
   const stopped = new AbortController();

@@ -17,8 +17,9 @@ from .. import __version__
 from ..budget import fit
 from ..config import Quantization
 from ..memory import activation_dtype, ram_bytes
+from ..opening import located
 from ..terminal import Bar
-from ..weights import Checkpoint, dtypes_for, footprint, locate
+from ..weights import Checkpoint, dtypes_for, footprint
 from . import compare as comparisons
 from . import floor, limits, rows, table, turns
 from .page import html
@@ -77,7 +78,7 @@ def bench(request: Request, *, quiet: bool) -> Answer:
     """Run `bench`; Ctrl-C ends it with what there is."""
     for path in filter(None, (request.save, request.output)):
         check_writable(path)
-    folder = locate(request.model, offline=request.offline)
+    folder = located(request.model, offline=request.offline, quiet=quiet)
     checkpoint = Checkpoint.open(folder)
     if request.memory is not None and request.ranks == 1:
         # Refused now rather than by a worker, after the limits were measured.

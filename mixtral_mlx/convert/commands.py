@@ -5,7 +5,6 @@ Command lines are read in `cli`; the work is done in `run`, `verify` and `perple
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,18 +14,15 @@ from typing import Any
 
 from ..config import MixtralError
 from ..memory import peak_rss_bytes
+from ..opening import located
 from ..plan import outlook
 from ..session import mlx_failures
-from ..terminal import Bar, CtrlC
-from ..weights import locate
+from ..terminal import CtrlC, Screen, in_time
 from . import perplexity as perplexities
 from . import run
 from . import verify as verifying
 from .names import ConvertError
 from .pipeline import Events
-
-_AT_LEAST_BYTES = 1 << 26
-_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def convert(request: run.Request, *, quiet: bool) -> Answer:
         for written in report.written
     ]
     parent = request.dest.parent
-    lines = [f"{run.in_words(report.bytes_in)} of {report.source_format} in {_time(report.seconds)}"]
+    lines = [f"{run.in_words(report.bytes_in)} of {report.source_format} in {in_time(report.seconds)}"]
     for written in report.written:
         folder = parent / written.folder
         lines += [
@@ -85,7 +81,7 @@ def verify(folder: Path, *, quiet: bool) -> Answer:
 def perplexity(models: Sequence[str | None], file: Path, *, context: int, offline: bool, quiet: bool) -> Answer:
     """Run `perplexity` of the first of `models`, against the second if there are two; None is the demo model."""
     start = time.perf_counter()
-    folder, *against = (locate(model, offline=offline) for model in models)
+    folder, *against = (located(model, offline=offline, quiet=quiet) for model in models)
     with _reported("Scoring", quiet=quiet, size="layers") as events, mlx_failures():
         score = perplexities.perplexity(
             folder,
@@ -114,7 +110,7 @@ def _text(file: Path) -> str:
 @contextmanager
 def _reported(label: str, *, quiet: bool, size: str = "bytes") -> Iterator[Events]:
     """Whom to tell of progress, and the first Ctrl-C."""
-    screen = _Screen(label, quiet=quiet, size=size)
+    screen = Screen(label, quiet=quiet, size=size)
     try:
         with CtrlC() as stopped:
             yield Events(screen.phase, screen.progress, stopped)
@@ -125,63 +121,3 @@ def _reported(label: str, *, quiet: bool, size: str = "bytes") -> Iterator[Event
         raise
     finally:
         screen.end()
-
-
-class _Screen:
-    """Shows progress: a line for each phase, and one bar; where there is no terminal, a line now and then instead."""
-
-    def __init__(self, label: str, *, quiet: bool, size: str) -> None:
-        self.label = label
-        self.quiet = quiet
-        self.size = size
-        self.lock = threading.RLock()
-        self.bar: Bar | None = None
-        self.plain = not quiet and not sys.stderr.isatty()
-        self.last = time.monotonic()
-        self.first = (self.last, 0)
-
-    def phase(self, line: str) -> None:
-        with self.lock:
-            if not self.quiet:
-                (self.bar or Bar(self.label)).above(line)
-
-    def progress(self, done: int, total: int) -> None:
-        with self.lock:
-            if self.plain:
-                self._line(done, total)
-                return
-            if not self.bar:
-                at_least = _AT_LEAST_BYTES if self.size == "bytes" else 4
-                self.bar = Bar(self.label, quiet=self.quiet, at_least=at_least, size=self.size)
-            self.bar(done, total)
-            if done >= total:
-                self.end()
-
-    def end(self) -> None:
-        with self.lock:
-            if self.bar:
-                self.bar.__exit__()
-            self.bar = None
-
-    def _line(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < self.first[1] or not self.first[1]:
-            self.first = (now, done)
-        if now - self.last < _LINE_EVERY_S or done >= total:
-            return
-        self.last = now
-        spent, came = now - self.first[0], done - self.first[1]
-        left = f", {_time((total - done) * spent / came)} left" if came else ""
-        speed = f", {came / spent / 1e6:,.0f} MB/s" if self.size == "bytes" and came else ""
-        print(f"{self.label}: {100 * done // total} %{speed}{left}", file=sys.stderr, flush=True)
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{seconds:.1f} s"
-    )

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..hub.fetch import fetch
+from ..hub.listing import in_words, list_files
 from . import mlx as mlx_folders
-from .fetch import fetch
-from .hub import list_files
 from .journal import SOURCE, Journal, disk_errors
 from .names import ConvertError, Piece, matrices
 from .order import KEEP, Order, Request
@@ -134,8 +134,3 @@ def _planned(order: Order, source: Source) -> tuple[list[Target], Sequence[Piece
 
 def _sizes(targets: Sequence[Target]) -> str:
     return ", ".join(f"{target.recipe} {in_words(target.layout.nbytes)}" for target in targets)
-
-
-def in_words(nbytes: float) -> str:
-    """A size as people read it."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

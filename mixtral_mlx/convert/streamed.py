@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..hub.fetch import prefetch
+from ..hub.listing import HubFile, Listing, cached
 from ..weights import Progress
-from .fetch import prefetch
-from .hub import HubFile, Listing, cached
 from .journal import Journal, allocated
 from .names import ConvertError, Piece, all_piece_names, some_matrices
 from .order import Order

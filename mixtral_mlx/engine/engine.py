@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
@@ -459,6 +460,7 @@ def load(
     deterministic: bool = False,
     offline: bool = False,
     progress: Progress | None = None,
+    fetching: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     share: Share | None = None,
 ) -> Engine:
@@ -471,20 +473,22 @@ def load(
     prompts have in common is kept in memory, up to `prefix_memory` of what running requests leave of the budget, and in
     `cache_dir` over restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with
     the next request. While weights are read, `progress` is called with bytes done and in all, on the engine's thread,
-    and `cancelled` is asked whether to give up. A `share` is the part of the model that this machine has of it, where
-    several work together. Raises `MixtralError`."""
+    and so is `fetching`, on a thread of its own, while what a repository has is brought here; left out, `progress` is
+    told of that, too. `cancelled` is asked whether to give up; what was fetched by then is kept, and gone on with. A
+    `share` is the part of the model that this machine has of it, where several work together. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s)
     for what, given in (("An adapter", adapter), ("A cache_dir", cache_dir), ("A draft", draft)):
         if share and given:
             raise _not_split(what)
-    beside = locate(draft, offline=offline) if draft is not None else None
+    here = partial(locate, offline=offline, on_progress=fetching or progress, cancelled=cancelled)
+    beside = here(draft) if draft is not None else None
     loading = Loading(
         dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never, beside, share
     )
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else None
     name = "demo" if model is None else str(model)
-    engine = Engine(name, locate(model, offline=offline), loading, limits, folder, _size(cache_size))
+    engine = Engine(name, here(model), loading, limits, folder, _size(cache_size))
     try:
         engine.load()
         if adapter is not None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from .. import __version__
@@ -311,7 +312,7 @@ class Helper:
             if self._options.serve and self._beside is None:
                 self._beside = await self._in_thread(_serve_beside)
             working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
-            # What is being fetched cannot be stopped; then its thread goes on, and nobody waits for it.
+            # What stops soon, stops by itself: nobody waits for its thread.
             await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._load = None
@@ -468,12 +469,15 @@ class _Load:
 
     def run(self, how: dict[str, Any]) -> Engine:
         """The engine, once it is ready. Takes long; on a thread of its own."""
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
         from ..engine.engine import load
 
-        disable_progress_bars()
-        engine = load(None if self._model == "demo" else self._model, **how, progress=self._progress)
+        engine = load(
+            None if self._model == "demo" else self._model,
+            **how,
+            progress=partial(self._progress, "loading"),
+            fetching=partial(self._progress, "fetching"),
+            cancelled=lambda: self.is_cancelled,
+        )
         # The first conversation to be encoded takes a second: better now than when somebody waits for an answer.
         engine.tokenizer.encode_chat([Message("user", "Hello")])
         self._is_done = True
@@ -482,15 +486,15 @@ class _Load:
             raise _stopped()
         return engine
 
-    def _progress(self, done: int, total: int) -> None:
+    def _progress(self, phase: m.Phase, done: int, total: int) -> None:
         """Called by the engine, also when it loads the model again later: then no message has asked for it."""
-        if self.is_cancelled:
-            raise _stopped()
         now = time.monotonic()
         if done == total or now - self._said >= _PROGRESS_EVERY_S:
             self._said = now
             request_id = None if self._is_done else self.request_id
-            self._helper.say(m.Loading(id=request_id, model=self._model, done_bytes=done, total_bytes=total))
+            self._helper.say(
+                m.Loading(id=request_id, model=self._model, phase=phase, done_bytes=done, total_bytes=total)
+            )
 
 
 def _forget(working: asyncio.Future[Engine]) -> None:

@@ -109,6 +109,7 @@ Incoming = Load | Chat | Cancel | Unload | MemoryPressure | GetStats | Shutdown
 # To the app.
 
 Reason = Literal["shutdown", "stdin_closed", "parent_gone", "signal"]
+Phase = Literal["fetching", "loading"]
 ModelState = Literal["unloaded", "loading", "ready", "failed", "closed"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -123,11 +124,14 @@ class Hello(Message):
 
 
 class Loading(Message):
-    """How far a model has come into memory. Without an id where no message asked for it."""
+    """How far a model has come: fetched from its repository first, where it is not here, then into memory.
+
+    Without an id where no message asked for it."""
 
     type: Literal["loading"] = "loading"
     id: Id | None = None
     model: str
+    phase: Phase = "loading"
     done_bytes: Count
     total_bytes: Count
 

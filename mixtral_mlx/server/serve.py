@@ -26,7 +26,7 @@ from starlette.applications import Starlette
 from .. import protocol
 from ..config import MixtralError
 from ..engine.engine import Engine, load
-from ..opening import ModelChoice, silence_downloads
+from ..opening import ModelChoice, fetching
 from ..terminal import Bar
 from .app import Model, create_app
 from .http1 import Connection
@@ -170,10 +170,15 @@ class _Loading:
 
     def _load(self) -> None:
         choice = self._request.choice
-        if choice.quiet or not sys.stderr.isatty():
-            silence_downloads()
         try:
-            with Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar:
+            with (
+                fetching(quiet=choice.quiet) as show_fetched,
+                Bar("Loading", quiet=choice.quiet, at_least=1 << 27, size="bytes") as bar,
+            ):
+
+                def fetched(done: int, total: int) -> None:
+                    self._model.done, self._model.total = done, total
+                    show_fetched(done, total)
 
                 def progress(done: int, total: int) -> None:
                     self._model.done, self._model.total = done, total
@@ -187,6 +192,7 @@ class _Loading:
                     kv_bits=choice.kv_bits,
                     offline=choice.offline,
                     progress=progress,
+                    fetching=fetched,
                     cancelled=lambda: self._server.should_exit,
                     share=choice.share,
                     **self._request.engine,

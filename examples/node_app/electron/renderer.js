@@ -21,7 +21,7 @@ window.mixtral.onState((state) => {
 });
 window.mixtral.onMessage((message) => {
   if (message.type === "loading") {
-    $("state").textContent = `loading ${Math.round((100 * message.done_bytes) / message.total_bytes)} %`;
+    $("state").textContent = `${message.phase} ${Math.round((100 * message.done_bytes) / message.total_bytes)} %`;
   }
   if (!answer || message.id !== answer.id) return;
   if (message.type === "text") {

@@ -60,7 +60,8 @@ final class ChatModel {
                 options: LoadOptions(idleUnloadSeconds: 600),
                 onProgress: { progress in
                     let percent = 100 * progress.doneBytes / max(progress.totalBytes, 1)
-                    Task { @MainActor in self.status = "Loading \(percent) %" }
+                    let doing = progress.phase == "fetching" ? "Fetching" : "Loading"
+                    Task { @MainActor in self.status = "\(doing) \(percent) %" }
                 }
             )
             status = ready.model

@@ -14,15 +14,16 @@ public struct Hello: Codable, Equatable, Sendable {
     public var pid: Int
 }
 
-/// How far a model has come into memory.
+/// How far a model has come: fetched from its repository first ("fetching"), where it is not here, then into memory.
 public struct Loading: Codable, Equatable, Sendable {
     public var id: String?
     public var model: String
+    public var phase: String?
     public var doneBytes: Int
     public var totalBytes: Int
 
     enum CodingKeys: String, CodingKey {
-        case id, model
+        case id, model, phase
         case doneBytes = "done_bytes"
         case totalBytes = "total_bytes"
     }

@@ -1,6 +1,6 @@
 """How long to go on asking a hub that fails: what goes wrong in a row is counted, waited for, and in the end given up.
 
-Asks nothing itself: that is left to `hub`, for what there is, and `fetch`, for the files."""
+Asks nothing itself: that is left to `listing`, for what there is, and `fetch`, for the files."""
 
 from __future__ import annotations
 

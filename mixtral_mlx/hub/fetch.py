@@ -1,8 +1,8 @@
 """Fetch a repository's files one by one, over a network that drops.
 
 Here is what huggingface_hub does not do: going on with half a file, checking every file against the hub's own hash, and
-fetching one file ahead. What there is to fetch is `hub`'s business; converting, and removing what has been converted,
-is left to the caller."""
+fetching one file ahead. What there is to fetch is `listing`'s business; what is done with the files is left to the
+caller."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from ..config import shown
-from .hub import HubFile, Listing, cached, explained, not_here, url_of
+from .listing import HubFile, Listing, cached, explained, not_here, url_of
 from .patience import GO_ON, HubError, PassingError, Patience, Setbacks, is_passing, pause_asked
 
 Progress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ def fetch(
 
     The file appears once it is whole and has the hub's hash. One that is in the Hugging Face cache is not copied: the
     path is then a link to it, and removing the path removes nothing else."""
-    return _fetch(listing, file, folder, on_progress or _ignore, _Turn(cancelled or _never), patience)
+    return _fetch(listing, file, folder, on_progress or silent, Turn(cancelled), patience)
 
 
 def prefetch(
@@ -78,14 +78,14 @@ def prefetch(
     `room` says how many bytes the one fetched ahead may take right now. It is asked again and again, and no longer
     once that file's turn has come. `on_progress` counts each file by itself. Close the iterator to stop fetching."""
     waiting = iter(files)
-    turn: _Turn | None = None
+    turn: Turn | None = None
 
-    def start() -> _Ahead | None:
+    def start() -> Ahead | None:
         nonlocal turn
         if (file := next(waiting, None)) is None:
             return None
-        turn = _Turn(cancelled or _never, room)
-        return _Ahead(turn, partial(_fetch, listing, file, folder, on_progress or _ignore, turn, patience))
+        turn = Turn(cancelled, room)
+        return Ahead(turn, partial(_fetch, listing, file, folder, on_progress or silent, turn, patience))
 
     ahead = start()
     try:
@@ -98,11 +98,11 @@ def prefetch(
             turn.stopped.set()
 
 
-class _Turn:
+class Turn:
     """Says to the one who fetches when to stop, and when to wait for room."""
 
-    def __init__(self, cancelled: Cancelled, room: Callable[[], int] | None = None) -> None:
-        self.cancelled = cancelled
+    def __init__(self, cancelled: Cancelled | None = None, room: Callable[[], int] | None = None) -> None:
+        self.cancelled = cancelled or _never
         self.room = room
         self.stopped = threading.Event()
         self.come = threading.Event()
@@ -125,10 +125,10 @@ class _Turn:
         return waited
 
 
-class _Ahead:
-    """A file being fetched on a thread of its own, which never keeps the program from ending."""
+class Ahead:
+    """A path being made on a thread of its own, which never keeps the program from ending."""
 
-    def __init__(self, turn: _Turn, work: Callable[[], Path]) -> None:
+    def __init__(self, turn: Turn, work: Callable[[], Path]) -> None:
         self.turn = turn
         self.work = work
         self.path: Path | None = None
@@ -143,6 +143,7 @@ class _Ahead:
             self.error = error
 
     def result(self) -> Path:
+        """The path, once it is there, or the error; a fraction of a second after it was cancelled raises `HubError`."""
         self.turn.come.set()
         while self.thread.is_alive():
             self.thread.join(0.2)
@@ -155,10 +156,10 @@ class _Ahead:
 
 
 def _fetch(
-    listing: Listing, file: HubFile, folder: Path, on_progress: Progress, turn: _Turn, patience: Patience
+    listing: Listing, file: HubFile, folder: Path, on_progress: Progress, turn: Turn, patience: Patience
 ) -> Path:
     path = folder / file.name
-    with _disk_errors(folder):
+    with disk_errors(folder):
         if path.is_symlink():
             path.unlink()
         if path.is_file() and _digest_of(path, file, turn) == _wanted(file):
@@ -170,15 +171,22 @@ def _fetch(
             return path
         if listing.offline:
             raise not_here(listing.repo, file.path)
-        with _Part(folder / f"{file.name}.part", file, turn) as part:
-            for last_try in (False, True):
-                _Download(listing, file, part, on_progress, turn, patience).run()
-                if part.digest() == _wanted(file):
-                    part.rename(path)
-                    return path
-                part.restart()
-                if last_try:
-                    break
+        download(listing, file, path, folder / f"{file.name}.part", on_progress, turn, patience)
+        return path
+
+
+def download(
+    listing: Listing, file: HubFile, path: Path, part: Path, on_progress: Progress, turn: Turn, patience: Patience
+) -> None:
+    """Bring `file` to `path`, going on with what is in `part`; it appears once it is whole and has the hub's hash.
+
+    Raises `HubError`, and `OSError` for what the disk says; see `disk_errors`."""
+    with _Part(part, file, turn) as taken:
+        for _ in range(2):
+            _Download(listing, file, taken, on_progress, turn, patience).run()
+            if taken.digest() == _wanted(file):
+                return taken.rename(path)
+            taken.restart()
     raise HubError(
         f"{file.path} of {listing.repo} arrived twice with another content than the hub says it has.",
         code="hub_wrong_hash",
@@ -211,14 +219,14 @@ def _wanted(file: HubFile) -> str:
     return f"{file.size}:{file.sha256 or file.blob_id or ''}"
 
 
-def _digest_of(path: Path, file: HubFile, turn: _Turn) -> str:
+def _digest_of(path: Path, file: HubFile, turn: Turn) -> str:
     if path.stat().st_size != file.size:
         return ""
     with path.open("rb") as opened:
         return f"{file.size}:{_hash_on(_hasher(file), opened.fileno(), turn).hexdigest()}"
 
 
-def _hash_on(hasher: _Hash, fd: int, turn: _Turn) -> _Hash:
+def _hash_on(hasher: _Hash, fd: int, turn: Turn) -> _Hash:
     """Feed the whole of an open file to `hasher`."""
     offset = 0
     while block := os.pread(fd, 1 << 20, offset):
@@ -231,7 +239,7 @@ def _hash_on(hasher: _Hash, fd: int, turn: _Turn) -> _Hash:
 class _Part:
     """The part of a file that is already here, and its hash so far. Held by one process at a time."""
 
-    def __init__(self, path: Path, file: HubFile, turn: _Turn) -> None:
+    def __init__(self, path: Path, file: HubFile, turn: Turn) -> None:
         self.path = path
         self.file = file
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -241,7 +249,7 @@ class _Part:
             os.close(self.fd)
             raise
 
-    def _take(self, turn: _Turn) -> None:
+    def _take(self, turn: Turn) -> None:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -289,7 +297,7 @@ class _Download:
     """The work of filling a part up to the file's size."""
 
     def __init__(
-        self, listing: Listing, file: HubFile, part: _Part, on_progress: Progress, turn: _Turn, patience: Patience
+        self, listing: Listing, file: HubFile, part: _Part, on_progress: Progress, turn: Turn, patience: Patience
     ) -> None:
         self.listing = listing
         self.file = file
@@ -426,7 +434,7 @@ def _check_status(response: httpx2.Response, at_home: bool) -> None:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what a full or failing disk says into an error with the bytes that are free."""
     try:
         yield
@@ -449,5 +457,5 @@ def _never() -> bool:
     return False
 
 
-def _ignore(done: int, total: int) -> None:
-    pass
+def silent(done: int, total: int) -> None:
+    """Progress that nobody asked for."""

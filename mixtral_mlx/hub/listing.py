@@ -1,4 +1,4 @@
-"""What the Hugging Face hub has: a repository's files at one commit, those a conversion needs, and who may have them.
+"""What the Hugging Face hub has: a repository's files at one commit, those that are needed, and who may have them.
 
 huggingface_hub asks; here its answers are checked, and its refusals said with what a person can do about them. Bringing
 the files is left to `fetch`."""
@@ -73,7 +73,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one commit: all its files, and those a conversion needs, small ones first, then `weights`."""
+    """A repository at one commit: all its files, and those that are needed, small ones first, then `weights`."""
 
     repo: str
     revision: str
@@ -123,8 +123,13 @@ def cached(listing: Listing, file: HubFile) -> Path | None:
         paths.append(Path(found))
     if hashed := file.sha256 or file.blob_id:
         # Another commit of the same repository, as after an edit of its README, shares the file.
-        paths.append(_cache_folder(listing.repo) / "blobs" / hashed)
+        paths.append(cache_folder(listing.repo) / "blobs" / hashed)
     return next((path for path in paths if path.is_file() and path.stat().st_size == file.size), None)
+
+
+def cache_folder(repo: str) -> Path:
+    """Where the Hugging Face cache keeps what it has of `repo`."""
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def url_of(listing: Listing, file: HubFile) -> str:
@@ -165,6 +170,11 @@ def not_here(repo: str, path: str) -> HubError:
         code="offline",
         hint="Run it once without --offline and HF_HUB_OFFLINE.",
     )
+
+
+def in_words(nbytes: float) -> str:
+    """A size as people read it."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _on_hub(repo: str, revision: str) -> tuple[str, list[HubFile]]:
@@ -208,10 +218,6 @@ def _cached_file(path: Path, name: str) -> HubFile:
     """A file of the cache, which calls it by the hub's hash of it."""
     hashed = path.readlink().name if path.is_symlink() else None
     return HubFile(name, path.stat().st_size, _hex(hashed, 64), _hex(hashed, 40))
-
-
-def _cache_folder(repo: str) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _listing(repo: str, revision: str, commit: str, files: Sequence[HubFile], choice: str, *, offline: bool) -> Listing:
