@@ -131,7 +131,7 @@ class Plain:
 
 
 def open_model(choice: ModelChoice) -> Plain:
-    """Load a model, with a progress bar; the first Ctrl-C stops it between two reads. Raises `MixtralError`."""
+    """Load a model, with a progress bar; the first Ctrl-C stops it. Raises `MixtralError`."""
     with notice("Starting MLX …", quiet=choice.quiet):
         from . import cpu
         from .generate import Conversation
@@ -150,6 +150,8 @@ def open_model(choice: ModelChoice) -> Plain:
             cancelled=stopped,
             share=choice.share,
         )
+    if stopped():
+        raise _cancelled()
     if cpu.is_available() and cpu.has_to_compile(loaded.model):
         with _compiling(choice):
             cpu.compile_for(loaded.model)
@@ -164,7 +166,7 @@ def open_model(choice: ModelChoice) -> Plain:
 
 
 def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -> Ready:
-    """Load a model into an engine of its own, with a progress bar; the first Ctrl-C stops it between two reads.
+    """Load a model into an engine of its own, with a progress bar; the first Ctrl-C stops it.
 
     `beside_bytes` are taken by a model that stays in memory, `options` are others of `mixtral_mlx.load`. Raises
     `MixtralError`."""
@@ -191,6 +193,9 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
             share=choice.share,
             **options,
         )
+    if stopped():
+        engine.close()
+        raise _cancelled()
     is_demo = folder == locate(None)
     ready = Ready(_shown_name(choice, is_demo=is_demo), engine, is_demo)
     if cpu.is_available() and cpu.has_to_compile(ready.loaded.model):
@@ -202,6 +207,11 @@ def open_engine(choice: ModelChoice, *, beside_bytes: int = 0, **options: Any) -
 
 _FOR_ALL_KERNELS = 17
 """Tokens of a prompt that, with one more, has every kernel compiled."""
+
+
+def _cancelled() -> ChatError:
+    """What a Ctrl-C after the last read brings: the same as one between two reads."""
+    return ChatError("Loading was cancelled.", code="cancelled")
 
 
 def _fetched(locate: Callable[..., Path], choice: ModelChoice) -> Path:
