@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -338,6 +339,32 @@ def test_a_reader_that_has_enough_is_no_error(folder: Path) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+SCRIPT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]["mixtral-mlx"]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "runpy.run_module('mixtral_mlx', run_name='__main__')",
+        "runpy.run_module('mixtral_mlx.chat', run_name='__main__')",
+        f"sys.exit(pkgutil.resolve_name({SCRIPT!r})())",
+    ],
+)
+def test_ctrl_c_while_the_program_is_still_being_imported_ends_it_quietly(start: str) -> None:
+    program = f"""
+import pkgutil, runpy, sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "mixtral_mlx.session":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["mixtral-mlx", "chat"]
+{start}
+"""
+    done = run(sys.executable, "-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_ctrl_c_ends_a_generation_with_what_is_there(folder: Path) -> None:
