@@ -8,17 +8,17 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import MixtralError, read_json
 from .prompt import Message
+from .writing import write_whole
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -545,16 +545,9 @@ def _path(argument: str) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, text, mode=0o600)  # As the history is: what people write to a model is theirs.
     except (OSError, UnicodeError) as error:
-        with suppress(OSError):
-            partial.unlink()
         raise ChatError(f"{path} cannot be written: {error}.", code="write_failed") from None
 
 

@@ -23,6 +23,7 @@ from typing import BinaryIO
 from .budget import Speeds, in_gb
 from .config import MixtralError, read_json
 from .memory import Machine
+from .writing import write_whole
 
 _READERS = 8
 _PART_BYTES = 8 << 20
@@ -86,16 +87,7 @@ def keep(speeds: Speeds, chip: str, file: Path | None = None) -> Path:
     file = file or _kept_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     entry = {"chip": chip, **{name: asdict(speeds)[name] for name in _KEPT}}
-    descriptor, beside = tempfile.mkstemp(prefix=".speeds.", dir=file.parent)
-    try:
-        with open(descriptor, "w") as written:
-            json.dump(entry, written)
-            written.flush()
-            os.fsync(written.fileno())
-        Path(beside).rename(file)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    write_whole(file, json.dumps(entry))
     return file
 
 

@@ -21,7 +21,7 @@ from mixtral_mlx.bench.commands import Request
 from mixtral_mlx.bench.limits import Limits
 from mixtral_mlx.bench.page import html
 from mixtral_mlx.bench.process import BenchError, SideError, Streamed, Worker
-from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read, write_whole
+from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read, write
 from mixtral_mlx.bench.rows import Row, all_rows, left_out, shortened
 from mixtral_mlx.bench.sides import Side
 from mixtral_mlx.bench.turns import Events, Measured, Outcome, Plan, Samples, run
@@ -485,7 +485,7 @@ def test_a_report_is_saved_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(BenchError) as caught:
-        write_whole(file, "after")
+        write(file, "after")
     assert (caught.value.code, file.read_text(), len(list(tmp_path.iterdir()))) == ("write_failed", "before", 1)
 
 
@@ -509,7 +509,7 @@ def test_two_runs_are_compared_row_by_row(
         if row.name != "prompt of 32"
     ]
     other = replace(report, rows=tuple(faster), machine=replace(report.machine, cores=99))
-    write_whole(tmp_path / "b.json", commands.as_json(other))
+    write(tmp_path / "b.json", commands.as_json(other))
     both = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert cli.main(["bench", "--compare", *both]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

@@ -226,6 +226,13 @@ def test_a_saved_conversation_goes_on_as_if_never_left(session: Session, folder:
     assert other.turns == session.turns
 
 
+def test_a_saved_conversation_is_its_writers_alone_and_costs_no_other_file(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "talk.json.partial").write_text("precious")
+    session.handle(f"/save {tmp_path / 'talk.json'}")
+    assert (tmp_path / "talk.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "talk.json.partial").read_text() == "precious"
+
+
 def test_saving_never_replaces_a_file_that_is_no_saved_chat(session: Session, tmp_path: Path) -> None:
     file = tmp_path / "precious.json"
     file.write_text('{"a": 1}')

@@ -36,7 +36,7 @@ from .report import (
     left_out,
     memory_notes,
     notes_of,
-    write_whole,
+    write,
 )
 from .sides import OTHERS, Side, ours, shared
 
@@ -90,9 +90,9 @@ def bench(request: Request, *, quiet: bool) -> Answer:
         sides.append(OTHERS[request.against](folder, request.dtype))
     report = measure(request, checkpoint, sides, quiet=quiet)
     if request.save:
-        write_whole(request.save, as_json(report))
+        write(request.save, as_json(report))
     if request.output:
-        write_whole(request.output, html(report))
+        write(request.output, html(report))
     return Answer(table.text(report), [report.to_dict()], report.interrupted)
 
 
