@@ -29,7 +29,7 @@ from .budget import (
 )
 from .config import KNOWN, Config, MixtralError, recipe
 from .memory import Machine, default_budget, machine
-from .terminal import CtrlC, notice
+from .terminal import Answer, CtrlC, notice
 
 PRECISE_FIRST = ("q8", "q6", "q5", "q4", "q3", "q2")
 
@@ -53,14 +53,6 @@ class Request:
     explain: bool = False
     hosts: tuple[int, ...] = ()
     link: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the command answers: `text` for people, `objects` for programs. Their names are kept."""
-
-    text: str
-    objects: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from .. import __version__
 from ..budget import fit
 from ..config import Quantization
 from ..memory import activation_dtype, ram_bytes
-from ..terminal import Bar
+from ..terminal import Answer, Bar
 from ..weights import Checkpoint, dtypes_for, footprint, locate
 from . import compare as comparisons
 from . import floor, limits, rows, table, turns
@@ -62,15 +61,6 @@ class Request:
     memory: int | None = None
     ranks: int = 1
     sharing: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the command answers: `text` for people, `objects` for programs, and whether Ctrl-C cut it short."""
-
-    text: str
-    objects: list[dict[str, Any]]
-    interrupted: bool = False
 
 
 def bench(request: Request, *, quiet: bool) -> Answer:

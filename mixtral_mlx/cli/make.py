@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..config import RECIPES
-
-if TYPE_CHECKING:
-    pass
 from .options import Parser, UsageError, add_output, count, one_of, show
 
 _CONVERT = """Convert any Mixtral checkpoint into a folder that this program and mlx-lm run.

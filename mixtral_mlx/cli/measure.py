@@ -129,9 +129,7 @@ def bench(arguments: list[str]) -> int:
     from ..bench import commands
 
     request = commands.Request(name, **given, **sharing)
-    answer = commands.bench(request, quiet=quiet)
-    show(answer, as_json=as_json)
-    return 130 if answer.interrupted else 0
+    return show(commands.bench(request, quiet=quiet), as_json=as_json)
 
 
 def _sharing(name: str | None, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -240,9 +238,7 @@ def routes(arguments: list[str]) -> int:
     from ..routes import commands
 
     request = commands.Request(model_choice(parsed, name), text, parsed.chat, parsed.system, settings, parsed.output)
-    answer = commands.routes(request)
-    show(answer, as_json=parsed.json)
-    return 130 if answer.interrupted else 0
+    return show(commands.routes(request), as_json=parsed.json)
 
 
 def _picture(text: str) -> Path:

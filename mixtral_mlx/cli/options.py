@@ -10,19 +10,13 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..budget import parse_size
 from ..config import MixtralError
 from ..opening import ModelChoice
 from ..session import SETTINGS, parse_setting
-from ..terminal import clean, complain
-
-if TYPE_CHECKING:
-    from ..bench.commands import Answer as Measured
-    from ..convert.commands import Answer
-    from ..plan import Answer as Planned
-    from ..routes.commands import Answer as Routed
+from ..terminal import Answer, clean, complain
 
 
 class UsageError(MixtralError):
@@ -304,10 +298,10 @@ def add_output(parser: Parser, json_help: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def show(answer: Answer | Measured | Planned | Routed, *, as_json: bool) -> int:
+def show(answer: Answer, *, as_json: bool) -> int:
     """Print an answer for people, or as JSON; the exit code."""
     for entry in answer.objects if as_json else ():
         print_json(entry)
     if not as_json:
         print(clean(answer.text))
-    return 0
+    return 130 if answer.interrupted else 0

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..opening import ModelChoice, joined, wired
 from ..terminal import complain
-
-if TYPE_CHECKING:
-    pass
 from .options import (
     Parser,
     UsageError,

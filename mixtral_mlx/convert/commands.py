@@ -9,15 +9,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..config import MixtralError
 from ..memory import peak_rss_bytes
 from ..plan import outlook
 from ..session import mlx_failures
-from ..terminal import Bar, CtrlC
+from ..terminal import Answer, Bar, CtrlC
 from ..weights import locate
 from . import perplexity as perplexities
 from . import run
@@ -27,14 +25,6 @@ from .pipeline import Events
 
 _AT_LEAST_BYTES = 1 << 26
 _LINE_EVERY_S = 10.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command answers: `text` for people, `objects` for programs. Their names are kept."""
-
-    text: str
-    objects: list[dict[str, Any]]
 
 
 def convert(request: run.Request, *, quiet: bool) -> Answer:

@@ -14,7 +14,7 @@ from ..config import MixtralError
 from ..opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
 from ..prompt import Message
 from ..session import mlx_failures
-from ..terminal import Bar, CtrlC
+from ..terminal import Answer, Bar, CtrlC
 from ..writing import write_whole
 from .report import Report, Token, table
 
@@ -38,15 +38,6 @@ class Request:
     system: str
     settings: dict[str, Any]
     output: Path | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the command answers: `text` for people, `objects` for programs, and whether Ctrl-C cut it short."""
-
-    text: str
-    objects: list[dict[str, Any]]
-    interrupted: bool = False
 
 
 def routes(request: Request) -> Answer:
