@@ -135,6 +135,16 @@ def test_wrong_usage_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--revision=v1", "--keep-source"])
+def test_what_says_how_to_fetch_is_refused_where_nothing_is_fetched(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, option: str
+) -> None:
+    _, code, said = error_of(capsys, "convert", source, tmp_path / "dest", option)
+    assert code == "bad_option"
+    assert said.startswith(f"{option.split('=')[0]} is for repositories, and {source} is on this machine.")
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_are_objects_for_programs(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     assert cli.main(["convert", str(source), str(tmp_path), "--json"]) == 1
     error = json.loads(capsys.readouterr().out)["error"]

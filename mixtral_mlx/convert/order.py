@@ -79,6 +79,16 @@ class Order:
             if os.path.lexists(path):
                 raise ConvertError(f"{path} exists already.", code="exists", hint="Choose another name, or remove it.")
 
+    def check_here(self) -> None:
+        """Raise `ConvertError` for what says how to fetch a source that need not be fetched."""
+        for option, given in (("--revision", self.request.revision), ("--keep-source", self.request.keep_source)):
+            if given not in (None, False):
+                raise ConvertError(
+                    f"{option} is for repositories, and {self.request.source} is on this machine.",
+                    code="bad_option",
+                    hint="Leave it out.",
+                )
+
     def plan(self, local: Source | None) -> dict[str, Any]:
         """All that what is written depends on, but for the commit of a repository."""
         request = self.request

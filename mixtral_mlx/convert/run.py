@@ -51,6 +51,8 @@ def convert(request: Request, events: Events = Events()) -> Report:
             code="no_model",
             hint="Give a folder, a .gguf file, or a repository such as mistralai/Mixtral-8x7B-Instruct-v0.1.",
         )
+    if local:
+        order.check_here()
     with Journal(order.work, order.plan(local)) as journal:
         if not is_finished(journal):
             order.check_free()
