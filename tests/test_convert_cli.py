@@ -19,6 +19,7 @@ import pytest
 
 from mixtral_mlx import cli
 from mixtral_mlx.config import Config, Packing
+from mixtral_mlx.weights import locate
 
 from .conversions import contents, quick_tokenizer, ticked, write_source
 
@@ -143,6 +144,15 @@ def test_what_says_how_to_fetch_is_refused_where_nothing_is_fetched(
     assert code == "bad_option"
     assert said.startswith(f"{option.split('=')[0]} is for repositories, and {source} is on this machine.")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_is_a_source_by_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (report,) = objects(capsys, "convert", "demo", "dest")
+    assert (report["source_format"], report["recipe"]) == ("safetensors", "keep")
+    assert Config.read(tmp_path / "dest") == Config.read(locate(None))
 
 
 def test_errors_are_objects_for_programs(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:

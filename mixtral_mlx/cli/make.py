@@ -10,8 +10,8 @@ from .options import Parser, UsageError, add_output, count, one_of, show
 
 _CONVERT = """Convert any Mixtral checkpoint into a folder that this program and mlx-lm run.
 
-SOURCE is a folder, a .gguf file, or a Hugging Face repository (for one of several GGUF models in it, NAME:FILE). DEST
-appears when all of it is written. Stopped or killed, the same command goes on where it was."""
+SOURCE is a folder, a .gguf file, `demo`, or a Hugging Face repository (for one of several GGUF models in it,
+NAME:FILE). DEST appears when all of it is written. Stopped or killed, the same command goes on where it was."""
 
 
 _CONVERT_EPILOG = """recipes, by bits of the experts and of the rest (the router always has 8 or more):
