@@ -178,6 +178,8 @@ _ENGINE = (
 
 def engine_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """What was given of what `load` takes besides the model."""
+    if parsed.cache_size is not None and parsed.cache_dir is None:
+        raise UsageError("--cache-size goes with --cache-dir only.", code="bad_option", hint="Add --cache-dir DIR.")
     return {name: getattr(parsed, name) for name in _ENGINE if getattr(parsed, name) not in (None, False)}
 
 

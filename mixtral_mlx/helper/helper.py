@@ -473,7 +473,8 @@ class _Load:
         from ..engine.engine import load
 
         disable_progress_bars()
-        engine = load(None if self._model == "demo" else self._model, **how, progress=self._progress)
+        name = None if self._model == "demo" else self._model
+        engine = load(name, **how, progress=self._progress, on_warning=_log.warning)
         # The first conversation to be encoded takes a second: better now than when somebody waits for an answer.
         engine.tokenizer.encode_chat([Message("user", "Hello")])
         self._is_done = True
