@@ -172,7 +172,8 @@ class Session:
     """A conversation with one model: its turns, system prompt, settings and commands.
 
     A line goes to `handle`. When that asks for an answer, `reply` generates it; the turn is complete once its iterator
-    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet."""
+    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet. Where
+    /regen or /edit bring no other reply, the turn is put back."""
 
     def __init__(
         self,
@@ -190,6 +191,8 @@ class Session:
         self.waiting = ""
         self.stats = False
         self.ended: Done | None = None
+        self._replaced: Turn | None = None
+        self._is_put_back = False
 
     def __enter__(self) -> Session:
         return self
@@ -219,12 +222,18 @@ class Session:
         on_prompt: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[str]:
-        """Answer the waiting message, text as it comes; raises `MixtralError` with the message left waiting.
+        """Answer the waiting message, text as it comes; raises `MixtralError` with the message left waiting, or with
+        the turn that it was to replace put back.
 
         `on_prompt(done, total)` tells how much of the prompt is read; `cancelled` is asked whenever something comes."""
         from .engine.request import Request
 
-        reply = self.ready.engine.submit(Request(tuple(self._prompt()), self.sampling()))
+        self._is_put_back = False
+        try:
+            reply = self.ready.engine.submit(Request(tuple(self._prompt()), self.sampling()))
+        except MixtralError:
+            self._put_back()
+            raise
         return self._listen(reply, on_prompt or (lambda done, total: None), cancelled or (lambda: False))
 
     def _listen(
@@ -250,7 +259,14 @@ class Session:
             # A reply without a word cannot stand in a conversation; the message waits for another try.
             if text.strip():
                 self.turns.append(Turn(self.waiting, text))
-                self.waiting = ""
+                self.waiting, self._replaced = "", None
+            else:
+                self._put_back()
+
+    def _put_back(self) -> None:
+        if self._replaced:
+            self.turns.append(self._replaced)
+            self.waiting, self._replaced, self._is_put_back = "", None, True
 
     def sampling(self) -> Sampling:
         """The settings in force."""
@@ -260,6 +276,8 @@ class Session:
 
     def remark(self) -> str:
         """What there is to say about how the last reply ended, if anything."""
+        if self._is_put_back:
+            return "[no reply; the earlier one stays]"
         if self.waiting:
             return "[no reply; /regen asks again, /edit changes the message]"
         if self.ended is None:
@@ -326,7 +344,7 @@ class Session:
         left = len(self._encoded(self.turns[count:]))
         return (
             f"/drop {count} forgets the oldest {_turns(count)} and leaves {left:,} tokens, /clear forgets everything; "
-            "then /regen answers this message. /undo takes it back."
+            f"then {'ask again' if self._replaced else '/regen answers this message. /undo takes it back'}."
         )
 
     # Commands. Each takes the rest of its line.
@@ -358,24 +376,24 @@ class Session:
         return Outcome(f"{name} = {_shown_setting(getattr(self.sampling(), name))}")
 
     def clear(self, argument: str) -> Outcome:
-        self.turns, self.waiting, self.ended = [], "", None
+        self._go_on_from([], "")
         self.ready.engine.forget()
         return Outcome("The conversation is empty. System prompt and settings stay.")
 
     def regen(self, argument: str) -> Outcome:
-        self._take_back()
+        self._replace()
         return Outcome(answer=True)
 
     def edit(self, argument: str) -> Outcome:
         """Bare: have the last message edited. With text: put it in the last message's place."""
         if not argument:
             return Outcome(edit=self.waiting or self._last().user)
-        self._take_back()
+        self._replace()
         return self.say(argument)
 
     def undo(self, argument: str) -> Outcome:
         self._take_back()
-        gone, self.waiting = self.waiting, ""
+        gone, self.waiting, self._replaced = self.waiting, "", None
         return Outcome(f"Taken back: {_shortened(gone)}")
 
     def drop(self, argument: str) -> Outcome:
@@ -398,7 +416,8 @@ class Session:
     def load(self, argument: str) -> Outcome:
         chat = _read_chat(_path(argument))
         self._adopt(chat.settings)
-        self.system, self.turns, self.waiting = chat.system, list(chat.turns), chat.waiting
+        self.system = chat.system
+        self._go_on_from(chat.turns, chat.waiting)
         return Outcome(
             f"Loaded {_turns(len(self.turns))}." + (" /regen answers the last message." * bool(self.waiting))
         )
@@ -427,6 +446,16 @@ class Session:
         if not self.turns:
             raise ChatError("Nothing has been said yet.", code="no_turns")
         return self.turns[-1]
+
+    def _go_on_from(self, turns: Sequence[Turn], waiting: str) -> None:
+        """Have another conversation, of which nothing was answered here."""
+        self.turns, self.waiting, self.ended, self._replaced = list(turns), waiting, None, None
+
+    def _replace(self) -> None:
+        """Take the last turn back for one that is yet to be answered."""
+        if not self.waiting:
+            self._replaced = self._last()
+        self._take_back()
 
     def _take_back(self) -> None:
         """Make the last message the waiting one, and forget its reply."""

@@ -63,6 +63,10 @@ def code_of(action: Callable[[], object]) -> str:
     return caught.value.code
 
 
+def out_of_memory(*_: object) -> None:
+    raise RuntimeError("[malloc] Unable to allocate")
+
+
 def state(session: Session) -> object:
     return session.system, list(session.turns), session.waiting, dict(session.settings), session.ready
 
@@ -104,6 +108,40 @@ def test_a_reply_stopped_before_its_first_word_leaves_the_message_waiting(sessio
     assert "/regen" in session.remark()
     ask(session, "/regen")
     assert [turn.user for turn in session.turns] == ["Hello"]
+
+
+@pytest.mark.parametrize("line", ["/regen", "/edit something else"])
+def test_a_reply_stays_until_there_is_another(session: Session, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    ask(session, "one")
+    ask(session, "two")
+    before = list(session.turns)
+    ask(session, line, stop_after=0)
+    assert (session.turns, session.waiting) == (before, "")
+    assert session.remark() == "[no reply; the earlier one stays]"
+    with monkeypatch.context() as patched:
+        patched.setattr(batch, "run", out_of_memory)
+        assert code_of(lambda: ask(session, line)) == "out_of_memory"
+    assert (session.turns, session.waiting) == (before, "")
+    session.handle("/set max_tokens 3")
+    ask(session, line)
+    assert session.turns != before
+    assert len(session.turns) == 2
+    assert session.remark().startswith("[cut off")
+
+
+def test_an_edit_too_long_for_the_context_leaves_the_turn_as_it_was(folder: Path) -> None:
+    session = session_with(folder, context=64)
+    ask(session, "Hi")
+    before = list(session.turns)
+    assert code_of(lambda: ask(session, f"/edit {'word ' * 90}")) == "context_full"
+    assert (session.turns, session.waiting) == (before, "")
+
+
+def test_a_loaded_conversation_has_no_statistics_yet(session: Session, tmp_path: Path) -> None:
+    session.handle(f"/save {tmp_path / 'talk.json'}")
+    ask(session, "Hi")
+    session.handle(f"/load {tmp_path / 'talk.json'}")
+    assert session.handle("/stats").text == "No reply yet."
 
 
 def test_regen_edit_undo_drop_and_clear(session: Session) -> None:
@@ -354,9 +392,6 @@ def test_a_model_that_does_not_fit_beside_the_present_one_is_refused(
 def test_a_failure_of_mlx_is_an_error_and_the_conversation_goes_on(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_memory(*_: object) -> None:
-        raise RuntimeError("[malloc] Unable to allocate")
-
     with monkeypatch.context() as patched:
         patched.setattr(batch, "run", out_of_memory)
         assert code_of(lambda: ask(session, "Hello")) == "out_of_memory"
