@@ -209,7 +209,14 @@ class Session:
         name, *rest = line[1:].split(maxsplit=1) or [""]
         if name not in COMMANDS:
             raise ChatError(f"There is no command /{name}.", code="unknown_command", hint=_suggestion(name))
-        return COMMANDS[name].run(self, "".join(rest).strip())
+        argument = "".join(rest).strip()
+        if argument and not COMMANDS[name].usage:
+            raise ChatError(
+                f"/{name} stands alone, got {_shortened(argument)!r} after it.",
+                code="unexpected_argument",
+                hint="// sends a message with a slash.",
+            )
+        return COMMANDS[name].run(self, argument)
 
     def say(self, text: str) -> Outcome:
         """Take a message as it is."""
