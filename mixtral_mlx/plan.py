@@ -122,10 +122,12 @@ def plan(request: Request, *, quiet: bool = False) -> Answer:
     own = Own.read(folder) if folder else None
     if request.hosts:
         return _over_hosts(request, own)
-    if request.measure:
-        _measure(folder, quiet=quiet)
-    rows = [row for place in _places(request) for row in _rows(place, own, request)]
-    return Answer(_text(rows, request), [{"plans": [_entry(row) for row in rows]}])
+    measured, not_kept = _measure(folder, quiet=quiet) if request.measure else (None, "")
+    rows = [row for place in _places(request, measured) for row in _rows(place, own, request)]
+    plans = {"plans": [_entry(row) for row in rows]}
+    if not_kept:
+        return Answer(f"{_text(rows, request)}\n{_folded(not_kept)}", [plans | {"not_kept": not_kept}])
+    return Answer(_text(rows, request), [plans])
 
 
 def outlook(folder: Path) -> str:
@@ -176,26 +178,31 @@ def _folder(model: str | None) -> Path | None:
         ) from None
 
 
-def _measure(folder: Path | None, *, quiet: bool) -> None:
+def _measure(folder: Path | None, *, quiet: bool) -> tuple[Speeds, str]:
+    """What was measured, kept for later plans; and why it was not, if so."""
     with notice("Measuring the SSD and the memory …", quiet=quiet), CtrlC() as stopped:
         measured = machine_speeds.measure("float16", folder, stopped=stopped)
-    machine_speeds.keep(measured, machine().chip)
+    try:
+        machine_speeds.keep(measured, machine().chip)
+    except machine_speeds.SpeedError as error:
+        return measured, f"What was measured is not kept for later plans: {error}"
+    return measured, ""
 
 
-def _places(request: Request) -> list[Place]:
+def _places(request: Request, measured: Speeds | None = None) -> list[Place]:
     macs = [_mac(ram) for ram in request.ram]
     if macs and not request.memory:
         return macs
-    here = _here()
+    here = _here(measured)
     budgets = [replace(here, label=in_gb(size), budget_bytes=size) for size in request.memory]
     return [*budgets, *macs] or [here]
 
 
-def _here() -> Place:
+def _here(measured: Speeds | None) -> Place:
     from . import cpu
 
     here = machine(ask_metal=True)
-    speeds = machine_speeds.kept(here.chip) or machine_speeds.assumed(here).speeds
+    speeds = measured or machine_speeds.kept(here.chip) or machine_speeds.assumed(here).speeds
     computed = "float32" if cpu.is_backend() else None
     held = None if cpu.is_available() else computed  # As `weights.dtypes_for` decides.
     return Place("this machine", default_budget(here), speeds, computed, held)
@@ -327,7 +334,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes[-1] += " Streamed: so many experts of each layer are in memory, others are read from the SSD when needed."
     notes += [_speeds_in_words(row.place.speeds) for row in rows]
     notes = list(dict.fromkeys(notes))
-    return [textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes]
+    return [_folded(note) for note in notes]
+
+
+def _folded(note: str) -> str:
+    return textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 _WIDTH = 100

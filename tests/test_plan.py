@@ -195,6 +195,33 @@ def test_what_is_measured_is_kept_and_later_plans_say_so(plan: Callable[..., str
     assert [file.name for file in kept.iterdir()] == ["speeds.json"]
 
 
+def without_the_cache(kept: Path) -> None:
+    kept.parent.mkdir()
+    kept.write_text("a file, not a folder")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_what_cannot_be_kept_is_planned_with_all_the_same(
+    plan: Callable[..., str], kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_the_cache(kept)
+    (tmp_path / "weights").write_bytes(b"1" * (16 << 20))
+    monkeypatch.setattr(speeds, "_largest", lambda folder: tmp_path / "weights")
+    out = plan("--measure", "--memory", "12GB")
+    assert "Speeds measured here" in out
+    assert f"What was measured is not kept for later plans: {kept / 'speeds.json'} cannot be written" in " ".join(
+        out.split()
+    )
+    assert "not kept" in json.loads(plan("--measure", "--memory", "12GB", "--json"))["not_kept"]
+
+
+def test_without_a_place_for_a_file_to_measure_with_a_model_is_asked_for(plan: Callable[..., str], kept: Path) -> None:
+    without_the_cache(kept)
+    err = plan("--measure", status=1)
+    assert "error[write_failed]" in err
+    assert "Give --model FOLDER" in err
+
+
 @pytest.mark.usefixtures("_quick")
 def test_ctrl_c_while_measuring_leaves_nothing_behind(
     plan: Callable[..., str], kept: Path, monkeypatch: pytest.MonkeyPatch
