@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import MixtralError, read_json
+from .config import MixtralError, exists, read_json
 from .prompt import Message
 from .writing import write_whole
 
@@ -415,8 +415,8 @@ class Session:
 
     def save(self, argument: str) -> Outcome:
         path = _path(argument)
-        if path.exists():
-            _read_chat(path)  # Only a saved chat is replaced by another.
+        if exists(path):
+            _check_replaceable(path)
         _write(path, json.dumps(self._saved(), ensure_ascii=False, indent=1) + "\n")
         return Outcome(f"Saved {_turns(len(self.turns))} to {path}")
 
@@ -577,19 +577,37 @@ def _path(argument: str) -> Path:
     try:
         return Path(argument).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ChatError(f"{argument!r} cannot be a file name ({error}).", code="bad_path") from None
+        raise ChatError(f"{argument!r} cannot be a file name: {_reason(error)}.", code="bad_path") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, without its number and without names that are ours."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise `MixtralError` for what is no saved chat: only such a file is replaced by another."""
+    try:
+        _read_chat(path)
+    except MixtralError as error:
+        if error.code == "unreadable":
+            raise
+        raise ChatError(f"{path} exists and is no saved chat.", code="exists", hint="Choose another name.") from None
 
 
 def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text, mode=0o600)  # As the history is: what people write to a model is theirs.
     except (OSError, UnicodeError) as error:
-        raise ChatError(f"{path} cannot be written: {error}.", code="write_failed") from None
+        raise ChatError(f"{path} cannot be written: {_reason(error)}.", code="write_failed") from None
+
+
+_CHAT_HINT = "Choose a file /save has written."
 
 
 def _read_chat(path: Path) -> _Chat:
     """A saved chat, checked whole; raises `MixtralError`."""
-    raw = read_json(path)
+    raw = read_json(path, hint=_CHAT_HINT)
     try:
         if raw["mixtral_mlx_chat"] != 1:
             raise ValueError(f"is of version {raw['mixtral_mlx_chat']!r}, this program knows version 1")
@@ -597,7 +615,7 @@ def _read_chat(path: Path) -> _Chat:
         settings = {name: _read_setting(name, value) for name, value in raw["settings"].items()}
         return _Chat(_text(raw["system"]), settings, turns, waiting)
     except (KeyError, TypeError, AttributeError):
-        raise ChatError(f"{path} is no saved chat.", code="bad_chat", hint="Choose a file /save has written.") from None
+        raise ChatError(f"{path} is no saved chat.", code="bad_chat", hint=_CHAT_HINT) from None
     except ValueError as error:
         raise ChatError(f"{path} {error}.", code="bad_chat") from None
 

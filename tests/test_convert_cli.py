@@ -155,6 +155,22 @@ def test_the_demo_is_a_source_by_its_name(
     assert Config.read(tmp_path / "dest") == Config.read(locate(None))
 
 
+def test_a_recipe_file_that_is_no_json_is_shown_what_one_says(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.txt").write_text("four bits")
+    line = ("convert", source, tmp_path / "dest", "--recipe-file", tmp_path / "recipe.txt")
+    _, code, said = error_of(capsys, *line)
+    assert code == "bad_json"
+    assert 'A recipe file says bits by names, as {"*": 4' in said
+
+
+def test_one_argument_too_many_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Besides options it takes SOURCE and DEST" in error_of(capsys, "convert", "x", "y", "z")[2]
+    assert "Besides options it takes FOLDER" in error_of(capsys, "verify", "x", "y")[2]
+    assert "Everything is given by options" in error_of(capsys, "perplexity", "x")[2]
+
+
 def test_errors_are_objects_for_programs(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
     assert cli.main(["convert", str(source), str(tmp_path), "--json"]) == 1
     error = json.loads(capsys.readouterr().out)["error"]

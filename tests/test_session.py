@@ -57,10 +57,14 @@ def ask(session: Session, line: str, stop_after: int | None = None) -> Done:
     return session.ended
 
 
-def code_of(action: Callable[[], object]) -> str:
+def refusal(action: Callable[[], object]) -> MixtralError:
     with pytest.raises(MixtralError) as caught:
         action()
-    return caught.value.code
+    return caught.value
+
+
+def code_of(action: Callable[[], object]) -> str:
+    return refusal(action).code
 
 
 def out_of_memory(*_: object) -> None:
@@ -278,9 +282,25 @@ def test_a_saved_conversation_is_its_writers_alone_and_costs_no_other_file(sessi
 
 def test_saving_never_replaces_a_file_that_is_no_saved_chat(session: Session, tmp_path: Path) -> None:
     file = tmp_path / "precious.json"
-    file.write_text('{"a": 1}')
-    assert code_of(lambda: session.handle(f"/save {file}")) == "bad_chat"
-    assert file.read_text() == '{"a": 1}'
+    for content in ('{"a": 1}', "my notes", json.dumps({**GOOD, "mixtral_mlx_chat": 2})):
+        file.write_text(content)
+        refused = refusal(lambda: session.handle(f"/save {file}"))
+        assert (refused.code, refused.hint) == ("exists", "Choose another name.")
+        assert file.read_text() == content
+
+
+def test_what_the_system_says_of_a_file_is_passed_on_without_names_that_are_ours(
+    session: Session, tmp_path: Path
+) -> None:
+    for path in (tmp_path / "no" / "talk.json", tmp_path / ("long" * 100)):
+        refused = refusal(lambda path=path: session.handle(f"/save {path}"))  # type: ignore[misc]
+        assert re.fullmatch(rf"{path} cannot be (written|read): [A-Z][a-z ]+\.", str(refused))
+
+
+def test_a_file_that_was_never_fetched_is_not_to_be_fetched_again(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not JSON")
+    refused = refusal(lambda: session.handle(f"/load {tmp_path / 'notes.txt'}"))
+    assert (refused.code, refused.hint) == ("bad_json", "Choose a file /save has written.")
 
 
 GOOD: dict[str, Any] = {

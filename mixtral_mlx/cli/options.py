@@ -68,12 +68,16 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0].split("=")[0])
         return parsed
 
+    def _taken(self) -> str:
+        names = [str(action.metavar) for action in self._actions if not action.option_strings]
+        return f"Besides options it takes {' and '.join(names)}" if names else "Everything is given by options"
+
     def _refuse(self, word: str) -> NoReturn:
         if not word.startswith("-"):
             raise UsageError(
                 f"{self.prog} takes no argument {word!r}.",
                 code="unexpected_argument",
-                hint="Everything is given by options; see --help.",
+                hint=f"{self._taken()}; see --help.",
             )
         raise UsageError(
             f"{self.prog} has no option {word}.",

@@ -19,6 +19,7 @@ KEEP = "keep"
 FLOAT_RECIPES = {"bf16": "bfloat16", "f16": "float16"}
 _DEFAULT_RECIPE = "q4"
 _GROUP_SIZE = 64
+_PATTERNS_HINT = 'A recipe file says bits by names, as {"*": 4, "*.self_attn.*": 8}.'
 _RECIPES_HINT = f"There are {', '.join(RECIPES)}, and {KEEP} for what MLX has quantized."
 
 
@@ -47,7 +48,7 @@ class Order:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.patterns = read_json(request.recipe_file) if request.recipe_file else None
+        self.patterns = read_json(request.recipe_file, hint=_PATTERNS_HINT) if request.recipe_file else None
         self.names = self._recipe_names()
         self.dest = _absolute(request.dest)
         self.work = self.dest.with_name(self.dest.name + ".partial")
