@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import MixtralError
+from .config import Config, MixtralError
 from .session import ChatError, Ready, shown_bytes
 from .terminal import Bar, CtrlC, notice
 
@@ -139,7 +139,8 @@ def open_model(choice: ModelChoice) -> Plain:
         from .weights import load, locate
     folder = _fetched(locate, choice)
     with CtrlC() as stopped, _loading(choice) as bar:
-        tokenizer = Tokenizer.read(folder)
+        # The configuration first: a folder without one is no model, which says more than that it has no tokenizer.
+        tokenizer = Tokenizer.read(folder, Config.read(folder).vocab_size)
         loaded = load(
             folder,
             dtype=choice.dtype,

@@ -51,6 +51,17 @@ def test_ctrl_c_after_the_last_read_ends_a_command(line: str, capsys: pytest.Cap
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("line", ["generate --prompt x", "routes --prompt x", "perplexity --file x", "chat"])
+def test_an_empty_folder_is_said_to_hold_no_model(
+    line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("text")
+    (tmp_path / "empty").mkdir()
+    assert cli.main([*line.split(), "--model", "empty", "--quiet"]) == 1
+    assert capsys.readouterr().err.startswith("error[no_config]: empty holds no config.json")
+
+
 def test_ctrl_c_after_the_last_read_leaves_no_engine_behind(pressed: Loaded, folder: Path) -> None:
     with pytest.raises(MixtralError) as caught:
         open_engine(ModelChoice(str(folder)))

@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from .. import cpu
 from ..borrowed import create_attention_mask
+from ..config import Config
 from ..model import Model
 from ..prompt import Tokenizer
 from ..weights import Checkpoint, Progress, dtypes_for, quantize, read_tensors
@@ -48,7 +49,8 @@ def perplexity(
     The KL divergence is that of this model's distribution from the other's: sum of p_other · log(p_other / p_this)."""
     if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
-    tokenizer = Tokenizer.read(folder)
+    config = Config.read(folder)  # First: a folder without one is no model.
+    tokenizer = Tokenizer.read(folder, config.vocab_size)
     windows = _windows(tokenizer.encode(text, bos=False), context, tokenizer.bos_id)
     models = [_Streamed(path) for path in (folder, against) if path]
     if len({model.checkpoint.config.vocab_size for model in models}) > 1:
