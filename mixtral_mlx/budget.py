@@ -171,11 +171,8 @@ def fit(
 
     A `context` of None is chosen: the model's own limit, or less where it would cost expert slots. The budget is
     counted in whole MiB. Raises `BudgetError`."""
-    if context is not None and not 2 <= context <= footprint.max_context:
-        raise SizeError(
-            f"The context is {context:,} tokens, expected 2 to {footprint.max_context:,}, this model's own limit.",
-            code="bad_context",
-        )
+    if context is not None:
+        check_context(context, footprint.max_context)
     budget = budget_bytes // _MIB * _MIB
     for tokens in [context] if context else _resident_contexts(footprint, budget):
         plan = _divided(footprint, budget, tokens, CHUNK_TOKENS, process_bytes)
@@ -186,6 +183,14 @@ def fit(
             if plan := _divided(footprint, budget, tokens, chunk, process_bytes):
                 return plan
     raise _refusal(footprint, budget_bytes, context, process_bytes)
+
+
+def check_context(context: int, most: int) -> None:
+    """Raise `SizeError` for a context that a model which knows `most` positions cannot have."""
+    if not 2 <= context <= most:
+        raise SizeError(
+            f"The context is {context:,} tokens, expected 2 to {most:,}, this model's own limit.", code="bad_context"
+        )
 
 
 def _resident_contexts(footprint: Footprint, budget: int) -> Iterator[int]:
