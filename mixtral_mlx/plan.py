@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import speeds as machine_speeds
 from .budget import (
@@ -31,6 +31,9 @@ from .config import KNOWN, Config, MixtralError, recipe
 from .memory import Machine, default_budget, machine
 from .terminal import Answer, CtrlC, notice
 
+if TYPE_CHECKING:
+    from .distributed.outlook import Wire
+
 PRECISE_FIRST = ("q8", "q6", "q5", "q4", "q3", "q2")
 
 
@@ -42,7 +45,7 @@ class PlanError(MixtralError):
 class Request:
     """What to plan for: a model or all published ones; budgets, Macs by their RAM, or this machine.
 
-    `hosts` are Macs by their RAM that share a model, over a `link` as `outlook.parse_wire` reads it."""
+    `hosts` are Macs by their RAM that share a model, over a `link`."""
 
     model: str | None = None
     memory: tuple[int, ...] = ()
@@ -52,7 +55,7 @@ class Request:
     measure: bool = False
     explain: bool = False
     hosts: tuple[int, ...] = ()
-    link: str | None = None
+    link: Wire | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def outlook(folder: Path) -> str:
 def _over_hosts(request: Request, own: Own | None) -> Answer:
     from .distributed import outlook
 
-    wire = outlook.parse_wire(request.link) if request.link else outlook.THUNDERBOLT
+    wire = request.link or outlook.THUNDERBOLT
     macs = [_mac(ram) for ram in request.hosts]
     hosts = [outlook.Host(mac.label, mac.budget_bytes, mac.speeds) for mac in macs]
     if own:

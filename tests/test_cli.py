@@ -109,7 +109,7 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
     for line, status, code in [
         ("generate --json --bogus", 2, "unknown_option"),
         ("generate --json --model /nowhere --prompt x", 1, "no_model"),
-        (f"generate --json --model {folder} --prompt-ids 99999", 1, "bad_token"),
+        (f"generate --json --model {folder} --prompt-ids 99999", 2, "bad_token"),
         (f"generate --json --model {folder} --prompt x --context 9999", 2, "bad_context"),
     ]:
         assert cli.main(line.split()) == status
@@ -118,6 +118,28 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
         assert error.keys() == {"code", "message", "hint"}
         assert error["code"] == error_code(err) == code
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("generate --model demo --prompt x --repetition-penalty 0", "bad_sampling"),
+        ("chat --parallel expert", "not_launched"),
+        ("chat --split 64,0", "bad_option"),
+        ("serve --host 0.0.0.0", "key_required"),
+        ("serve --api-key k --host ..", "bad_host"),
+        ("serve --allow-origin nonsense", "bad_option"),
+        ("plan --hosts 64GB,64GB --link fast", "bad_option"),
+        ("convert demo dest --recipe keep --recipe q4", "bad_recipe"),
+    ],
+)
+def test_wrong_usage_is_that_wherever_it_is_found_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MIXTRAL_MLX_API_KEY", raising=False)
+    assert cli.main(line.split()) == 2
+    assert error_code(capsys.readouterr().err) == code
 
 
 @pytest.mark.parametrize(

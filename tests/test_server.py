@@ -845,7 +845,7 @@ def test_serving_on_other_machines_addresses_without_a_key_is_refused() -> None:
     environment = {**os.environ, "MIXTRAL_MLX_API_KEY": ""}
     command = [sys.executable, "-m", "mixtral_mlx", "serve", "--host", "0.0.0.0"]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert answer.returncode == 1
+    assert answer.returncode == 2
     assert answer.stderr.startswith("error[key_required]: The address 0.0.0.0 can be reached from other machines")
 
 

@@ -6,9 +6,10 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..budget import parse_size
+from ..config import MixtralError
 from ..opening import ModelChoice, followed, ranks
 from ..terminal import complain
 from .options import (
@@ -27,6 +28,9 @@ from .options import (
     size,
     stdin_text,
 )
+
+if TYPE_CHECKING:
+    from ..distributed.outlook import Wire
 
 _PLAN = """Say what runs in how much memory: resident or streamed from the SSD, with which context, and how fast that
 should be. Without --model for the published Mixtrals, without --memory or --ram for this machine. Computed, not run."""
@@ -51,7 +55,7 @@ def plan(arguments: list[str]) -> int:
     group.add_argument(
         "--hosts", type=_sizes(as_chips=True), default=(), metavar="64GB,36GB", help="Macs that share a model"
     )
-    group.add_argument("--link", metavar="10Gb/s,0.3ms", help="what is between them (20Gb/s,0.3ms)")
+    group.add_argument("--link", type=_link, metavar="10Gb/s,0.3ms", help="what is between them (20Gb/s,0.3ms)")
     group.add_argument("--context", type=count(2), metavar="N", help="tokens of prompt and answer (chosen to fit)")
     group.add_argument("--kv-bits", type=one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
     group = parser.add_argument_group("how it is said")
@@ -74,6 +78,15 @@ def _check_hosts(given: dict[str, Any]) -> None:
     others = [name for name in ("memory", "ram", "measure", "explain") if given[name]]
     if given["hosts"] and others:
         raise UsageError(f"Both --hosts and --{others[0]} were given, expected one.", code="bad_option")
+
+
+def _link(text: str) -> Wire:
+    from ..distributed.outlook import parse_wire
+
+    try:
+        return parse_wire(text)
+    except MixtralError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("The link ").rstrip(".")) from None
 
 
 def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:

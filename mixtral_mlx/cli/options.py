@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -30,7 +31,16 @@ def failed(error: MixtralError, as_json: bool) -> int:
     if error.code == "cancelled":
         return 130
     complain(error)
-    return 2 if isinstance(error, UsageError) or error.code in ("bad_sampling", "bad_context") else 1
+    return 2 if isinstance(error, UsageError) or error.code in WRONG_USAGE else 1
+
+
+WRONG_USAGE = frozenset(
+    {
+        *("bad_option", "bad_sampling", "bad_context", "bad_token", "bad_recipe"),
+        *("bad_link", "bad_split", "not_launched", "bad_host", "key_required"),
+    }
+)
+"""Codes of what only a command line can have asked for, though it is found out further down."""
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -143,9 +153,12 @@ def add_parallel(parser: Parser) -> None:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected numbers with commas between them") from None
+        numbers = ()
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected numbers above 0 with commas between them")
+    return numbers
 
 
 def add_engine(parser: Parser) -> None:
