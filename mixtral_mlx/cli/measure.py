@@ -75,6 +75,10 @@ def plan(arguments: list[str]) -> int:
 def _check_hosts(given: dict[str, Any]) -> None:
     if given["link"] and not given["hosts"]:
         raise UsageError("--link goes with --hosts only.", code="bad_option")
+    if len(given["hosts"]) == 1:
+        raise UsageError(
+            "--hosts holds one Mac, expected two or more.", code="bad_option", hint="--ram plans for a Mac alone."
+        )
     others = [name for name in ("memory", "ram", "measure", "explain") if given[name]]
     if given["hosts"] and others:
         raise UsageError(f"Both --hosts and --{others[0]} were given, expected one.", code="bad_option")
@@ -97,10 +101,8 @@ def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:
         for word in text.split(","):
             try:
                 sizes.append(parse_size(word, as_chips=as_chips))
-            except SizeError:
-                raise argparse.ArgumentTypeError(
-                    f"holds {word[:40]!r}, expected sizes as 12GB, 800MB or 12.5GiB, with commas between them"
-                ) from None
+            except SizeError as error:
+                raise argparse.ArgumentTypeError(f"holds {str(error).removeprefix('The size is ')}") from None
         return tuple(sizes)
 
     return parse
