@@ -374,7 +374,7 @@ def explained(row: Row) -> list[str]:
     layers = len(found.slots)
     details = {
         "dense": "all that is no expert",
-        "experts": f"{sum(found.slots)} of {layers} × {model.experts}, {in_gb(sum(model.expert_bytes) / layers)} each",
+        "experts": f"{sum(found.slots)} of {layers * model.experts}, {in_gb(sum(model.expert_bytes) / layers)} each",
         "kv cache": f"{found.context:,} tokens × {in_gb(model.kv_bytes_per_token)}, and one layer twice",
         "working memory": f"{found.chunk_tokens:,} tokens of a prompt at once",
     }
@@ -391,10 +391,15 @@ def explained(row: Row) -> list[str]:
         f"{in_gb(speeds.ssd_bytes_per_s)}/s = {speed.read_s:.3f} s",
         f"  the longer + {NOT_OVERLAPPED:g} × the shorter = {1 / speed.decode_tps:.3f} s",
         f"a chunk of {found.chunk_tokens:,}: {in_gb(speed.chunk_bytes)} of experts not there ÷ "
-        f"{in_gb(speeds.ssd_bytes_per_s)}/s = {speed.chunk_read_s:.1f} s",
-        f"  2 × {model.parameters_per_token / 1e9:.1f} G × {found.chunk_tokens:,} operations ÷ ({OPERATIONS_SHARE:g} × "
-        f"{speeds.operations_per_s / 1e12:.2g} T/s) = {speed.chunk_compute_s:.1f} s",
+        f"{in_gb(speeds.ssd_bytes_per_s)}/s = {_short(speed.chunk_read_s)} s",
+        f"  2 × {_short(model.parameters_per_token / 1e9)} G × {found.chunk_tokens:,} operations ÷ "
+        f"({OPERATIONS_SHARE:g} × {speeds.operations_per_s / 1e12:.2g} T/s) = {_short(speed.chunk_compute_s)} s",
     ]
+
+
+def _short(number: float) -> str:
+    """One digit after the point; below 0.1, where that would be none that counts, two that do."""
+    return f"{number:.1f}" if number >= 0.1 else f"{number:.2g}"
 
 
 # Shown to programs.

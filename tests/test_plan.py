@@ -112,6 +112,12 @@ def test_explain_shows_sums_that_are_right(plan: Callable[..., str]) -> None:
         assert re.search(rf"^ +{part} [\d.]+ [GM]B", out, re.MULTILINE)
 
 
+def test_explained_sums_of_a_small_model_are_no_zeros(plan: Callable[..., str]) -> None:
+    out = plan("--model", "demo", "--memory", "1GB", "--explain")
+    assert re.search(r"experts [\d.]+ MB \(32 of 32, ", out)
+    assert re.search(r"2 × 0\.0\d*[1-9] G × ", out)
+
+
 def test_a_folder_is_planned_as_its_files_are(tmp_path: Path, plans: Callable[..., list[dict[str, Any]]]) -> None:
     folder = write_tiny(tmp_path / "tiny", replace(TINY, quantization=Q4))
     (row,) = plans("--model", str(folder), "--memory", "2GB")
@@ -133,9 +139,10 @@ def test_a_config_alone_is_enough(tmp_path: Path, plans: Callable[..., list[dict
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
-        ("--memory 8XB", 2, "--memory holds '8XB', expected sizes as 12GB"),
+        ("--memory 8XB", 2, "--memory holds '8XB', expected a number and a unit, as 12GB"),
         ("--memory 8GB,,9GB", 2, "--memory holds ''"),
         ("--memory 12", 2, "--memory holds '12'"),
+        ("--memory 0GB", 2, "--memory holds '0GB', expected more than 0 and at most 1000TB"),
         ("--ram lots", 2, "--ram holds 'lots'"),
         ("--context 1", 2, "--context is '1'"),
         ("--kv-bits 2", 2, "--kv-bits is '2'"),
@@ -320,6 +327,10 @@ def test_macs_that_share_a_model_are_told_what_each_holds(plan: Callable[..., st
     out = plan("--hosts", "64GB,36GB")
     assert re.search(r"rank 1, 36 GB Mac: experts 5 to 7, 3 key/value heads", out)
     assert "Computed, not measured" in out
+
+
+def test_one_mac_alone_shares_nothing(plan: Callable[..., str]) -> None:
+    assert "--hosts holds one Mac, expected two or more" in plan("--hosts", "64GB", status=2)
 
 
 @pytest.mark.parametrize("line", [("--link", "10Gb/s,1ms"), ("--hosts", "64GB,36GB", "--ram", "64GB")])
