@@ -492,8 +492,9 @@ def test_a_report_is_saved_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, 
 def test_a_place_that_cannot_be_written_is_refused_before_measuring(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "folder.html").mkdir()
     for option in ("--save", "--output"):
-        for place in (tmp_path, tmp_path / "no" / "such.json"):
+        for place in (tmp_path / "folder.html", tmp_path / "no" / "such.html"):
             assert cli.main(["bench", "--model", "demo", option, str(place)]) == 1
             assert capsys.readouterr().err.startswith(f"error[write_failed]: {place} is ")
 
@@ -638,6 +639,7 @@ REFUSED = [
     ("--model demo --turns 0", "bad_option", "--turns is '0'"),
     ("--model demo --seconds 0.5", "bad_option", "--seconds is '0.5'"),
     ("--model demo --memory lots", "bad_option", "--memory is 'lots', expected a number and a unit, as 12GB"),
+    ("--model demo --output o.txt", "bad_option", "--output is 'o.txt', expected a name that ends in .html"),
     ("--model demo --row prompt", "unknown_option", "Did you mean --rows?"),
     ("demo", "unexpected_argument", "'demo'"),
     ("--compare a.json", "bad_option", "--compare expected 2 arguments"),

@@ -164,6 +164,14 @@ def test_help_and_version_go_to_stdout(capsys: pytest.CaptureFixture[str], line:
     assert f"mixtral-mlx {__version__}\n" == out if line == "--version" else "usage: mixtral-mlx" in out
 
 
+@pytest.mark.parametrize("command", ["generate", "routes", "bench", "perplexity"])
+def test_help_says_where_a_model_that_has_to_be_named_may_be_named(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert "MIXTRAL_MLX_MODEL names it too (required)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_generate_streams_text_that_ends_with_a_new_line(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert cli.main(["generate", "--model", str(folder), "--prompt", "Hello", "--max-tokens", "5"]) == 0
     out, err = capsys.readouterr()

@@ -16,6 +16,7 @@ from .options import (
     Parser,
     UsageError,
     add_model,
+    add_model_name,
     add_output,
     add_parallel,
     add_settings,
@@ -134,9 +135,8 @@ def bench(arguments: list[str]) -> int:
         from ..bench import commands
 
         return show(commands.compare(*both), as_json=as_json)
-    model = given.pop("model", None) or os.environ.get("MIXTRAL_MLX_MODEL")
-    if not model:
-        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
+    model = required_model(parsed)
+    given.pop("model", None)
     name = None if model == "demo" else model
     sharing = _sharing(name, given)
     if sharing is None:
@@ -176,7 +176,7 @@ def _bench_parser() -> Parser:
 
     engines, groups = ", ".join(sides.OTHERS), ",".join(rows.GROUPS)
     parser = Parser("mixtral-mlx bench", description=_BENCH, epilog=_BENCH_EPILOG)
-    parser.add_argument("--model", metavar="M", help="a folder, a Hugging Face repository, or `demo` (required)")
+    add_model_name(parser, "required")
     parser.add_argument("--offline", action="store_true", default=None, help="fetch nothing from the network")
     parser.add_argument(
         "--vs", type=one_of(*sides.OTHERS), dest="against", metavar="E", help=f"the engine to compare with: {engines}"
@@ -200,7 +200,9 @@ def _bench_parser() -> Parser:
     group.add_argument("--rows", type=_some_of(rows.GROUPS), dest="groups", metavar="A,B", help=f"of {groups} (all)")
     group.add_argument("--seconds", type=count(1), metavar="N", help="most a row takes of each side in a turn (20)")
     group = parser.add_argument_group("what to do with it")
-    group.add_argument("--output", type=Path, metavar="F.html", help="also write a page with a picture: a roofline")
+    group.add_argument(
+        "--output", type=_named(".html"), metavar="F.html", help="also write a page with a picture: a roofline"
+    )
     group.add_argument(
         "--save", type=Path, metavar="F.json", help="also write what --json prints, to compare with later"
     )
@@ -240,7 +242,9 @@ def routes(arguments: list[str]) -> int:
     parser.add_argument("--prompt", metavar="TEXT", help="text to complete (stdin)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message, to be answered")
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt, with --chat")
-    parser.add_argument("--output", type=_picture, metavar="F.png|F.html", help="draw a picture, or a page with one")
+    parser.add_argument(
+        "--output", type=_named(".png", ".html"), metavar="F.png|F.html", help="draw a picture, or a page with one"
+    )
     add_output(parser, "print one object: tokens, choices, weights, counts, by_layer, overall …")
     add_model(parser, "required")
     add_settings(parser, {"temperature": "0", "max_tokens": str(_ROUTES_TOKENS)})
@@ -256,8 +260,13 @@ def routes(arguments: list[str]) -> int:
     return show(commands.routes(request), as_json=parsed.json)
 
 
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in (".png", ".html"):
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in .png or .html")
-    return path
+def _named(*endings: str) -> Callable[[str], Path]:
+    """Reads the name of a file whose ending says what it is."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in {' or '.join(endings)}")
+        return path
+
+    return parse

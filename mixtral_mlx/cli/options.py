@@ -99,11 +99,7 @@ class Parser(argparse.ArgumentParser):
 def add_model(parser: Parser, default: str) -> None:
     """Options that say which model runs, and how; `default` is what runs without --model."""
     group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--model",
-        metavar="M",
-        help=f"a folder, a Hugging Face repository, or `demo`; MIXTRAL_MLX_MODEL names it too ({default})",
-    )
+    add_model_name(group, default)
     group.add_argument("--offline", action="store_true", help="fetch nothing from the network")
     group.add_argument(
         "--dtype",
@@ -131,6 +127,15 @@ def add_model(parser: Parser, default: str) -> None:
         metavar="W",
         help="fit keeps what fits into --memory from being compressed or swapped while other programs need memory, on "
         "Metal only; off by default, as macOS has crashed where two programs set this limit (off)",
+    )
+
+
+def add_model_name(group: argparse._ActionsContainer, default: str) -> None:
+    """The option --model; `default` is what runs without it."""
+    group.add_argument(
+        "--model",
+        metavar="M",
+        help=f"a folder, a Hugging Face repository, or `demo`; MIXTRAL_MLX_MODEL names it too ({default})",
     )
 
 
