@@ -371,7 +371,8 @@ def test_a_reader_that_has_enough_is_no_error(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-SCRIPT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]["mixtral-mlx"]
+ROOT = Path(__file__).parents[1]
+SCRIPT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mixtral-mlx"]
 
 
 @pytest.mark.parametrize(
@@ -379,6 +380,7 @@ SCRIPT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(
     [
         "runpy.run_module('mixtral_mlx', run_name='__main__')",
         "runpy.run_module('mixtral_mlx.chat', run_name='__main__')",
+        f"runpy.run_path({str(ROOT / 'convert.py')!r}, run_name='__main__')",
         f"sys.exit(pkgutil.resolve_name({SCRIPT!r})())",
     ],
 )
