@@ -341,7 +341,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _folded(note: str) -> str:
-    return textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    # A path stays in one piece, to be copied.
+    return textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 _WIDTH = 100
