@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 from .budget import Speeds, in_gb
 from .config import MixtralError, read_json
@@ -120,7 +120,7 @@ def measure(dtype: str, folder: Path | None, *, stopped: Callable[[], bool]) -> 
 
 
 def read_speed(
-    file: BinaryIO,
+    file: IO[bytes],
     *,
     stopped: Callable[[], bool] = lambda: False,
     part_bytes: int = _PART_BYTES,
@@ -165,7 +165,7 @@ def _past_the_page_cache(number: int) -> None:
 
 
 @contextmanager
-def _file(folder: Path | None, stopped: Callable[[], bool]) -> Iterator[BinaryIO]:
+def _file(folder: Path | None, stopped: Callable[[], bool]) -> Iterator[IO[bytes]]:
     """The file to read; one that is made for it has no name from the start, so that nothing can leave it behind."""
     if found := _largest(folder):
         with open(found, "rb") as file:
