@@ -2,7 +2,7 @@
 
 import sys
 
-from mixtral_mlx.cli import main
+from mixtral_mlx.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    sys.exit(run(["convert", *sys.argv[1:]]))

@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mixtral_mlx.bench.report import read, write_whole
+from mixtral_mlx.bench.report import read
 from mixtral_mlx.bench.table import markdown
+from mixtral_mlx.writing import write_whole
 
 BEGIN, END = "<!-- bench -->", "<!-- end of bench -->"
 README = Path(__file__).parent.parent / "README.md"

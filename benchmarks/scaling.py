@@ -27,13 +27,13 @@ import mlx.core as mx
 from mixtral_mlx import __version__
 from mixtral_mlx.bench import floor, limits
 from mixtral_mlx.bench.limits import Limits
-from mixtral_mlx.bench.report import write_whole
 from mixtral_mlx.bench.rows import Row, left_out, room
 from mixtral_mlx.bench.table import amount, number
 from mixtral_mlx.bench.worker import Decode, Ours, in_the_shared_loop, seeded_ids
 from mixtral_mlx.borrowed import KVCache
 from mixtral_mlx.config import MixtralError
 from mixtral_mlx.weights import Checkpoint
+from mixtral_mlx.writing import write_whole
 
 _STEPS = 16
 _CHUNK_TOKENS = 2048  # as `generate` reads a prompt

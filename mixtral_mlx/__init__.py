@@ -1,6 +1,7 @@
 """Mixtral 8x7B and 8x22B on Apple silicon with MLX.
 
     config     the numbers that define a Mixtral
+    writing    files that appear whole or not at all
     memory     this machine: what there is, and what is done when it runs short
     budget     who gets how much of it, and how fast that should run
     borrowed   what we use of mlx-lm

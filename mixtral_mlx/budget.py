@@ -171,11 +171,8 @@ def fit(
 
     A `context` of None is chosen: the model's own limit, or less where it would cost expert slots. The budget is
     counted in whole MiB. Raises `BudgetError`."""
-    if context is not None and not 2 <= context <= footprint.max_context:
-        raise SizeError(
-            f"The context is {context:,} tokens, expected 2 to {footprint.max_context:,}, this model's own limit.",
-            code="bad_context",
-        )
+    if context is not None:
+        check_context(context, footprint.max_context)
     budget = budget_bytes // _MIB * _MIB
     for tokens in [context] if context else _resident_contexts(footprint, budget):
         plan = _divided(footprint, budget, tokens, CHUNK_TOKENS, process_bytes)
@@ -186,6 +183,14 @@ def fit(
             if plan := _divided(footprint, budget, tokens, chunk, process_bytes):
                 return plan
     raise _refusal(footprint, budget_bytes, context, process_bytes)
+
+
+def check_context(context: int, most: int) -> None:
+    """Raise `SizeError` for a context that a model which knows `most` positions cannot have."""
+    if not 2 <= context <= most:
+        raise SizeError(
+            f"The context is {context:,} tokens, expected 2 to {most:,}, this model's own limit.", code="bad_context"
+        )
 
 
 def _resident_contexts(footprint: Footprint, budget: int) -> Iterator[int]:
@@ -370,15 +375,22 @@ def parse_size(text: str, *, as_chips: bool = False) -> int:
     """Bytes of `8GB`, `12.5GB`, `800MB` or `12GiB`; raises `SizeError`.
 
     `as_chips` takes GB for GiB: the 16 GB that a Mac is sold with are 2^34 bytes."""
-    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-zA-Z]{1,3})\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]{1,3})\s*", text)
     name = found[2].upper() if found else ""
     unit = _UNITS.get(f"{name[0]}IB" if as_chips and len(name) == 2 else name) if name else None
-    size = int(float(found[1]) * unit) if found and unit else 0
-    if size <= 0 or size > 1 << 50:
-        raise SizeError(
-            f"The size is {text[:40]!r}, expected a number and a unit, as 12GB, 800MB or 12.5GiB.", code="bad_size"
-        )
-    return size
+    if not found or not unit:
+        raise _bad_size(text, "a number and a unit, as 12GB, 800MB or 12.5GiB")
+    size = float(found[1]) * unit
+    if not 1 <= size <= _MOST_TB * 10**12:
+        raise _bad_size(text, f"more than 0 and at most {_MOST_TB}TB")
+    return int(size)
+
+
+_MOST_TB = 1000
+
+
+def _bad_size(text: str, expected: str) -> SizeError:
+    return SizeError(f"The size is {text[:40]!r}, expected {expected}.", code="bad_size")
 
 
 def in_gb(size: float) -> str:

@@ -6,6 +6,12 @@ opened and how things look on a screen, is left to session, opening, terminal an
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__":  # Before anything that takes time, since Ctrl-C may come meanwhile.
+    from .__main__ import run as run_command
+
+    sys.exit(run_command(["chat", *sys.argv[1:]]))
+
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -185,9 +191,3 @@ def _answer_in_pipe(session: Session) -> None:
     remarks = (session.remark(), session.statistics() if session.stats else "")
     for remark in filter(None, remarks):
         print(remark, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    sys.exit(main(["chat", *sys.argv[1:]]))

@@ -345,8 +345,8 @@ KNOWN: dict[str, Config] = {
 }
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file from a checkpoint, which may be hostile; raises `ConfigError` naming the file."""
+def read_json(path: Path, *, hint: str = "Fetch the file again.") -> Any:
+    """Parse a JSON file, which may be hostile; raises `ConfigError` naming it, with `hint` where it is no JSON."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
@@ -355,9 +355,7 @@ def read_json(path: Path) -> Any:
             raise ConfigError(f"{path} is {info.st_size:,} bytes, too large for a JSON file.", code="bad_json")
         return parse_json(path.read_bytes().decode("utf-8-sig"))
     except ValueError as error:
-        raise ConfigError(
-            f"{path} is not valid JSON ({error}).", code="bad_json", hint="Fetch the file again."
-        ) from None
+        raise ConfigError(f"{path} is not valid JSON ({error}).", code="bad_json", hint=hint) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", code="unreadable") from None
 

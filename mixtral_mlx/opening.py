@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import MixtralError
+from .config import Config, MixtralError
 from .session import ChatError, Ready, shown_bytes
 from .terminal import Bar, CtrlC, Screen, notice
 
@@ -167,7 +167,7 @@ class Plain:
 
 
 def open_model(choice: ModelChoice) -> Plain:
-    """Load a model, with a progress bar; the first Ctrl-C stops it between two reads. Raises `MixtralError`."""
+    """Load a model, with a progress bar; the first Ctrl-C stops it. Raises `MixtralError`."""
     with notice("Starting MLX …", quiet=choice.quiet):
         from . import cpu
         from .generate import Conversation
@@ -175,7 +175,8 @@ def open_model(choice: ModelChoice) -> Plain:
         from .weights import load, locate
     folder = _fetched(choice)
     with CtrlC() as stopped, _loading(choice) as bar:
-        tokenizer = Tokenizer.read(folder)
+        # The configuration first: a folder without one is no model, which says more than that it has no tokenizer.
+        tokenizer = Tokenizer.read(folder, Config.read(folder).vocab_size)
         loaded = load(
             folder,
             dtype=choice.dtype,
@@ -186,6 +187,8 @@ def open_model(choice: ModelChoice) -> Plain:
             cancelled=stopped,
             share=choice.share,
         )
+    if stopped():
+        raise _cancelled()
     if cpu.is_available() and cpu.has_to_compile(loaded.model):
         with _compiling(choice):
             cpu.compile_for(loaded.model)
@@ -200,7 +203,7 @@ def open_model(choice: ModelChoice) -> Plain:
 
 
 def open_engine(choice: ModelChoice, *, instead_of: Engine | None = None, **options: Any) -> Ready:
-    """Load a model into an engine of its own, with a progress bar; the first Ctrl-C stops it between two reads.
+    """Load a model into an engine of its own, with a progress bar; the first Ctrl-C stops it.
 
     `instead_of` is an engine whose memory it takes: that one is closed, or has its model again where this fails.
     `options` are others of `mixtral_mlx.load`. Raises `MixtralError`."""
@@ -208,11 +211,23 @@ def open_engine(choice: ModelChoice, *, instead_of: Engine | None = None, **opti
         raise ChatError("Several machines share this model and have no other.", code="not_available")
     with notice("Starting MLX …", quiet=choice.quiet):
         from . import cpu
-        from .engine.engine import load
         from .weights import locate
     folder = _fetched(choice)
-    giving_way = _giving_way(instead_of, folder, choice) if instead_of else nullcontext()
-    with giving_way, CtrlC() as stopped, _loading(choice) as bar:
+    with _giving_way(instead_of, folder, choice) if instead_of else nullcontext():
+        engine = _loaded_engine(folder, choice, options)
+    is_demo = folder == locate(None)
+    ready = Ready(_shown_name(choice, is_demo=is_demo), engine, is_demo)
+    if cpu.is_available() and cpu.has_to_compile(ready.loaded.model):
+        with _compiling(choice):
+            engine.complete([1] * _FOR_ALL_KERNELS, max_tokens=2).result()
+    _say_note(ready.loaded, choice)
+    return ready
+
+
+def _loaded_engine(folder: Path, choice: ModelChoice, options: dict[str, Any]) -> Engine:
+    from .engine.engine import load
+
+    with CtrlC() as stopped, _loading(choice) as bar:
         engine = load(
             folder,
             dtype=choice.dtype,
@@ -224,13 +239,10 @@ def open_engine(choice: ModelChoice, *, instead_of: Engine | None = None, **opti
             share=choice.share,
             **options,
         )
-    is_demo = folder == locate(None)
-    ready = Ready(_shown_name(choice, is_demo=is_demo), engine, is_demo)
-    if cpu.is_available() and cpu.has_to_compile(ready.loaded.model):
-        with _compiling(choice):
-            engine.complete([1] * _FOR_ALL_KERNELS, max_tokens=2).result()
-    _say_note(ready.loaded, choice)
-    return ready
+    if stopped():
+        engine.close()
+        raise _cancelled()
+    return engine
 
 
 @contextmanager
@@ -252,6 +264,11 @@ def _giving_way(engine: Engine, folder: Path, choice: ModelChoice) -> Iterator[N
 
 _FOR_ALL_KERNELS = 17
 """Tokens of a prompt that, with one more, has every kernel compiled."""
+
+
+def _cancelled() -> ChatError:
+    """What a Ctrl-C after the last read brings: the same as one between two reads."""
+    return ChatError("Loading was cancelled.", code="cancelled")
 
 
 def _fetched(choice: ModelChoice) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import speeds as machine_speeds
 from .budget import (
@@ -29,7 +29,10 @@ from .budget import (
 )
 from .config import KNOWN, Config, MixtralError, recipe
 from .memory import Machine, default_budget, machine
-from .terminal import CtrlC, notice
+from .terminal import Answer, CtrlC, notice
+
+if TYPE_CHECKING:
+    from .distributed.outlook import Wire
 
 PRECISE_FIRST = ("q8", "q6", "q5", "q4", "q3", "q2")
 
@@ -42,7 +45,7 @@ class PlanError(MixtralError):
 class Request:
     """What to plan for: a model or all published ones; budgets, Macs by their RAM, or this machine.
 
-    `hosts` are Macs by their RAM that share a model, over a `link` as `outlook.parse_wire` reads it."""
+    `hosts` are Macs by their RAM that share a model, over a `link`."""
 
     model: str | None = None
     memory: tuple[int, ...] = ()
@@ -52,15 +55,7 @@ class Request:
     measure: bool = False
     explain: bool = False
     hosts: tuple[int, ...] = ()
-    link: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the command answers: `text` for people, `objects` for programs. Their names are kept."""
-
-    text: str
-    objects: list[dict[str, Any]]
+    link: Wire | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +125,12 @@ def plan(request: Request, *, quiet: bool = False) -> Answer:
     own = Own.read(folder) if folder else None
     if request.hosts:
         return _over_hosts(request, own)
-    if request.measure:
-        _measure(folder, quiet=quiet)
-    rows = [row for place in _places(request) for row in _rows(place, own, request)]
-    return Answer(_text(rows, request), [{"plans": [_entry(row) for row in rows]}])
+    measured, not_kept = _measure(folder, quiet=quiet) if request.measure else (None, "")
+    rows = [row for place in _places(request, measured) for row in _rows(place, own, request)]
+    plans = {"plans": [_entry(row) for row in rows]}
+    if not_kept:
+        return Answer(f"{_text(rows, request)}\n{_folded(not_kept)}", [plans | {"not_kept": not_kept}])
+    return Answer(_text(rows, request), [plans])
 
 
 def outlook(folder: Path) -> str:
@@ -149,7 +146,7 @@ def outlook(folder: Path) -> str:
 def _over_hosts(request: Request, own: Own | None) -> Answer:
     from .distributed import outlook
 
-    wire = outlook.parse_wire(request.link) if request.link else outlook.THUNDERBOLT
+    wire = request.link or outlook.THUNDERBOLT
     macs = [_mac(ram) for ram in request.hosts]
     hosts = [outlook.Host(mac.label, mac.budget_bytes, mac.speeds) for mac in macs]
     if own:
@@ -184,26 +181,31 @@ def _folder(model: str | None) -> Path | None:
         ) from None
 
 
-def _measure(folder: Path | None, *, quiet: bool) -> None:
+def _measure(folder: Path | None, *, quiet: bool) -> tuple[Speeds, str]:
+    """What was measured, kept for later plans; and why it was not, if so."""
     with notice("Measuring the SSD and the memory …", quiet=quiet), CtrlC() as stopped:
         measured = machine_speeds.measure("float16", folder, stopped=stopped)
-    machine_speeds.keep(measured, machine().chip)
+    try:
+        machine_speeds.keep(measured, machine().chip)
+    except machine_speeds.SpeedError as error:
+        return measured, f"What was measured is not kept for later plans: {error}"
+    return measured, ""
 
 
-def _places(request: Request) -> list[Place]:
+def _places(request: Request, measured: Speeds | None = None) -> list[Place]:
     macs = [_mac(ram) for ram in request.ram]
     if macs and not request.memory:
         return macs
-    here = _here()
+    here = _here(measured)
     budgets = [replace(here, label=in_gb(size), budget_bytes=size) for size in request.memory]
     return [*budgets, *macs] or [here]
 
 
-def _here() -> Place:
+def _here(measured: Speeds | None) -> Place:
     from . import cpu
 
     here = machine(ask_metal=True)
-    speeds = machine_speeds.kept(here.chip) or machine_speeds.assumed(here).speeds
+    speeds = measured or machine_speeds.kept(here.chip) or machine_speeds.assumed(here).speeds
     computed = "float32" if cpu.is_backend() else None
     held = None if cpu.is_available() else computed  # As `weights.dtypes_for` decides.
     return Place("this machine", default_budget(here), speeds, computed, held)
@@ -335,7 +337,12 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes[-1] += " Streamed: so many experts of each layer are in memory, others are read from the SSD when needed."
     notes += [_speeds_in_words(row.place.speeds) for row in rows]
     notes = list(dict.fromkeys(notes))
-    return [textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes]
+    return [_folded(note) for note in notes]
+
+
+def _folded(note: str) -> str:
+    # A path stays in one piece, to be copied.
+    return textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 _WIDTH = 100
@@ -368,7 +375,7 @@ def explained(row: Row) -> list[str]:
     layers = len(found.slots)
     details = {
         "dense": "all that is no expert",
-        "experts": f"{sum(found.slots)} of {layers} × {model.experts}, {in_gb(sum(model.expert_bytes) / layers)} each",
+        "experts": f"{sum(found.slots)} of {layers * model.experts}, {in_gb(sum(model.expert_bytes) / layers)} each",
         "kv cache": f"{found.context:,} tokens × {in_gb(model.kv_bytes_per_token)}, and one layer twice",
         "working memory": f"{found.chunk_tokens:,} tokens of a prompt at once",
     }
@@ -385,10 +392,15 @@ def explained(row: Row) -> list[str]:
         f"{in_gb(speeds.ssd_bytes_per_s)}/s = {speed.read_s:.3f} s",
         f"  the longer + {NOT_OVERLAPPED:g} × the shorter = {1 / speed.decode_tps:.3f} s",
         f"a chunk of {found.chunk_tokens:,}: {in_gb(speed.chunk_bytes)} of experts not there ÷ "
-        f"{in_gb(speeds.ssd_bytes_per_s)}/s = {speed.chunk_read_s:.1f} s",
-        f"  2 × {model.parameters_per_token / 1e9:.1f} G × {found.chunk_tokens:,} operations ÷ ({OPERATIONS_SHARE:g} × "
-        f"{speeds.operations_per_s / 1e12:.2g} T/s) = {speed.chunk_compute_s:.1f} s",
+        f"{in_gb(speeds.ssd_bytes_per_s)}/s = {_short(speed.chunk_read_s)} s",
+        f"  2 × {_short(model.parameters_per_token / 1e9)} G × {found.chunk_tokens:,} operations ÷ "
+        f"({OPERATIONS_SHARE:g} × {speeds.operations_per_s / 1e12:.2g} T/s) = {_short(speed.chunk_compute_s)} s",
     ]
+
+
+def _short(number: float) -> str:
+    """One digit after the point; below 0.1, where that would be none that counts, two that do."""
+    return f"{number:.1f}" if number >= 0.1 else f"{number:.2g}"
 
 
 # Shown to programs.

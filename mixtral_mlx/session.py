@@ -8,17 +8,17 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import MixtralError, read_json
+from .config import MixtralError, exists, read_json
 from .prompt import Message
+from .writing import write_whole
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -174,7 +174,8 @@ class Session:
     """A conversation with one model: its turns, system prompt, settings and commands.
 
     A line goes to `handle`. When that asks for an answer, `reply` generates it; the turn is complete once its iterator
-    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet.
+    ends or is closed, and a partial reply is kept. `waiting` is a message that has no reply yet. Where
+    /regen or /edit bring no other reply, the turn is put back.
     `open_model` is given a name, and the engine whose place in memory the new model takes."""
 
     def __init__(
@@ -193,6 +194,8 @@ class Session:
         self.waiting = ""
         self.stats = False
         self.ended: Done | None = None
+        self._replaced: Turn | None = None
+        self._is_put_back = False
 
     def __enter__(self) -> Session:
         return self
@@ -209,7 +212,14 @@ class Session:
         name, *rest = line[1:].split(maxsplit=1) or [""]
         if name not in COMMANDS:
             raise ChatError(f"There is no command /{name}.", code="unknown_command", hint=_suggestion(name))
-        return COMMANDS[name].run(self, "".join(rest).strip())
+        argument = "".join(rest).strip()
+        if argument and not COMMANDS[name].usage:
+            raise ChatError(
+                f"/{name} stands alone, got {_shortened(argument)!r} after it.",
+                code="unexpected_argument",
+                hint="// sends a message with a slash.",
+            )
+        return COMMANDS[name].run(self, argument)
 
     def say(self, text: str) -> Outcome:
         """Take a message as it is."""
@@ -222,12 +232,18 @@ class Session:
         on_prompt: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[str]:
-        """Answer the waiting message, text as it comes; raises `MixtralError` with the message left waiting.
+        """Answer the waiting message, text as it comes; raises `MixtralError` with the message left waiting, or with
+        the turn that it was to replace put back.
 
         `on_prompt(done, total)` tells how much of the prompt is read; `cancelled` is asked whenever something comes."""
         from .engine.request import Request
 
-        reply = self.ready.engine.submit(Request(tuple(self._prompt()), self.sampling()))
+        self._is_put_back = False
+        try:
+            reply = self.ready.engine.submit(Request(tuple(self._prompt()), self.sampling()))
+        except MixtralError:
+            self._put_back()
+            raise
         return self._listen(reply, on_prompt or (lambda done, total: None), cancelled or (lambda: False))
 
     def _listen(
@@ -253,7 +269,14 @@ class Session:
             # A reply without a word cannot stand in a conversation; the message waits for another try.
             if text.strip():
                 self.turns.append(Turn(self.waiting, text))
-                self.waiting = ""
+                self.waiting, self._replaced = "", None
+            else:
+                self._put_back()
+
+    def _put_back(self) -> None:
+        if self._replaced:
+            self.turns.append(self._replaced)
+            self.waiting, self._replaced, self._is_put_back = "", None, True
 
     def sampling(self) -> Sampling:
         """The settings in force."""
@@ -263,6 +286,8 @@ class Session:
 
     def remark(self) -> str:
         """What there is to say about how the last reply ended, if anything."""
+        if self._is_put_back:
+            return "[no reply; the earlier one stays]"
         if self.waiting:
             return "[no reply; /regen asks again, /edit changes the message]"
         if self.ended is None:
@@ -329,7 +354,7 @@ class Session:
         left = len(self._encoded(self.turns[count:]))
         return (
             f"/drop {count} forgets the oldest {_turns(count)} and leaves {left:,} tokens, /clear forgets everything; "
-            "then /regen answers this message. /undo takes it back."
+            f"then {'ask again' if self._replaced else '/regen answers this message. /undo takes it back'}."
         )
 
     # Commands. Each takes the rest of its line.
@@ -361,24 +386,24 @@ class Session:
         return Outcome(f"{name} = {_shown_setting(getattr(self.sampling(), name))}")
 
     def clear(self, argument: str) -> Outcome:
-        self.turns, self.waiting, self.ended = [], "", None
+        self._go_on_from([], "")
         self.ready.engine.forget()
         return Outcome("The conversation is empty. System prompt and settings stay.")
 
     def regen(self, argument: str) -> Outcome:
-        self._take_back()
+        self._replace()
         return Outcome(answer=True)
 
     def edit(self, argument: str) -> Outcome:
         """Bare: have the last message edited. With text: put it in the last message's place."""
         if not argument:
             return Outcome(edit=self.waiting or self._last().user)
-        self._take_back()
+        self._replace()
         return self.say(argument)
 
     def undo(self, argument: str) -> Outcome:
         self._take_back()
-        gone, self.waiting = self.waiting, ""
+        gone, self.waiting, self._replaced = self.waiting, "", None
         return Outcome(f"Taken back: {_shortened(gone)}")
 
     def drop(self, argument: str) -> Outcome:
@@ -393,15 +418,16 @@ class Session:
 
     def save(self, argument: str) -> Outcome:
         path = _path(argument)
-        if path.exists():
-            _read_chat(path)  # Only a saved chat is replaced by another.
+        if exists(path):
+            _check_replaceable(path)
         _write(path, json.dumps(self._saved(), ensure_ascii=False, indent=1) + "\n")
         return Outcome(f"Saved {_turns(len(self.turns))} to {path}")
 
     def load(self, argument: str) -> Outcome:
         chat = _read_chat(_path(argument))
         self._adopt(chat.settings)
-        self.system, self.turns, self.waiting = chat.system, list(chat.turns), chat.waiting
+        self.system = chat.system
+        self._go_on_from(chat.turns, chat.waiting)
         return Outcome(
             f"Loaded {_turns(len(self.turns))}." + (" /regen answers the last message." * bool(self.waiting))
         )
@@ -428,6 +454,16 @@ class Session:
         if not self.turns:
             raise ChatError("Nothing has been said yet.", code="no_turns")
         return self.turns[-1]
+
+    def _go_on_from(self, turns: Sequence[Turn], waiting: str) -> None:
+        """Have another conversation, of which nothing was answered here."""
+        self.turns, self.waiting, self.ended, self._replaced = list(turns), waiting, None, None
+
+    def _replace(self) -> None:
+        """Take the last turn back for one that is yet to be answered."""
+        if not self.waiting:
+            self._replaced = self._last()
+        self._take_back()
 
     def _take_back(self) -> None:
         """Make the last message the waiting one, and forget its reply."""
@@ -542,26 +578,37 @@ def _path(argument: str) -> Path:
     try:
         return Path(argument).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ChatError(f"{argument!r} cannot be a file name ({error}).", code="bad_path") from None
+        raise ChatError(f"{argument!r} cannot be a file name: {_reason(error)}.", code="bad_path") from None
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, without its number and without names that are ours."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise `MixtralError` for what is no saved chat: only such a file is replaced by another."""
+    try:
+        _read_chat(path)
+    except MixtralError as error:
+        if error.code == "unreadable":
+            raise
+        raise ChatError(f"{path} exists and is no saved chat.", code="exists", hint="Choose another name.") from None
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, text, mode=0o600)  # As the history is: what people write to a model is theirs.
     except (OSError, UnicodeError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise ChatError(f"{path} cannot be written: {error}.", code="write_failed") from None
+        raise ChatError(f"{path} cannot be written: {_reason(error)}.", code="write_failed") from None
+
+
+_CHAT_HINT = "Choose a file /save has written."
 
 
 def _read_chat(path: Path) -> _Chat:
     """A saved chat, checked whole; raises `MixtralError`."""
-    raw = read_json(path)
+    raw = read_json(path, hint=_CHAT_HINT)
     try:
         if raw["mixtral_mlx_chat"] != 1:
             raise ValueError(f"is of version {raw['mixtral_mlx_chat']!r}, this program knows version 1")
@@ -569,7 +616,7 @@ def _read_chat(path: Path) -> _Chat:
         settings = {name: _read_setting(name, value) for name, value in raw["settings"].items()}
         return _Chat(_text(raw["system"]), settings, turns, waiting)
     except (KeyError, TypeError, AttributeError):
-        raise ChatError(f"{path} is no saved chat.", code="bad_chat", hint="Choose a file /save has written.") from None
+        raise ChatError(f"{path} is no saved chat.", code="bad_chat", hint=_CHAT_HINT) from None
     except ValueError as error:
         raise ChatError(f"{path} {error}.", code="bad_chat") from None
 

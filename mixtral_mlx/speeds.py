@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from .budget import Speeds, in_gb
 from .config import MixtralError, read_json
 from .memory import Machine
+from .writing import write_whole
 
 _READERS = 8
 _PART_BYTES = 8 << 20
@@ -82,20 +83,14 @@ def kept(chip: str, file: Path | None = None) -> Speeds | None:
 
 
 def keep(speeds: Speeds, chip: str, file: Path | None = None) -> Path:
-    """Write what was measured where `kept` finds it, whole or not at all; returns where."""
+    """Write what was measured where `kept` finds it; returns where. Raises `SpeedError`."""
     file = file or _kept_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
     entry = {"chip": chip, **{name: asdict(speeds)[name] for name in _KEPT}}
-    descriptor, beside = tempfile.mkstemp(prefix=".speeds.", dir=file.parent)
     try:
-        with open(descriptor, "w") as written:
-            json.dump(entry, written)
-            written.flush()
-            os.fsync(written.fileno())
-        Path(beside).rename(file)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(entry))
+    except OSError as error:
+        raise SpeedError(f"{file} cannot be written: {error.strerror}.", code="write_failed") from None
     return file
 
 
@@ -125,7 +120,7 @@ def measure(dtype: str, folder: Path | None, *, stopped: Callable[[], bool]) -> 
 
 
 def read_speed(
-    file: BinaryIO,
+    file: IO[bytes],
     *,
     stopped: Callable[[], bool] = lambda: False,
     part_bytes: int = _PART_BYTES,
@@ -170,22 +165,21 @@ def _past_the_page_cache(number: int) -> None:
 
 
 @contextmanager
-def _file(folder: Path | None, stopped: Callable[[], bool]) -> Iterator[BinaryIO]:
+def _file(folder: Path | None, stopped: Callable[[], bool]) -> Iterator[IO[bytes]]:
     """The file to read; one that is made for it has no name from the start, so that nothing can leave it behind."""
     if found := _largest(folder):
         with open(found, "rb") as file:
             yield file
         return
     where = _kept_file().parent
-    where.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(where).free
-    if free < 2 * _FILE_BYTES:
-        raise SpeedError(
-            f"{where} has {in_gb(free)} of room; to measure without a model a file of {in_gb(_FILE_BYTES)} is written.",
-            code="no_room",
-            hint="Make room, or give --model FOLDER: then its own files are read.",
-        )
-    with tempfile.TemporaryFile(dir=where) as file:
+    with _unnamed(where) as file:
+        free = shutil.disk_usage(where).free
+        if free < 2 * _FILE_BYTES:
+            raise SpeedError(
+                f"{where} has {in_gb(free)} of room; {_WHY_WRITTEN}",
+                code="no_room",
+                hint="Make room, or give --model FOLDER: then its own files are read.",
+            )
         block = os.urandom(16 << 20)
         for _ in range(_FILE_BYTES // len(block)):
             _stop_if(stopped)
@@ -193,6 +187,21 @@ def _file(folder: Path | None, stopped: Callable[[], bool]) -> Iterator[BinaryIO
         file.flush()
         os.fsync(file.fileno())
         yield file
+
+
+_WHY_WRITTEN = f"to measure without a model a file of {in_gb(_FILE_BYTES)} is written."
+
+
+def _unnamed(where: Path) -> IO[bytes]:
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=where)
+    except OSError as error:
+        raise SpeedError(
+            f"{where} cannot be written to ({error.strerror}); {_WHY_WRITTEN}",
+            code="write_failed",
+            hint="Give --model FOLDER: then its own files are read.",
+        ) from None
 
 
 def _largest(folder: Path | None) -> Path | None:

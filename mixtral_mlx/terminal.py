@@ -1,4 +1,4 @@
-"""Between a program and the person at the terminal: clean text, errors, progress bars, Ctrl-C and the keyboard.
+"""Between a program and the person at the terminal: clean text, answers, errors, progress, Ctrl-C and the keyboard.
 
 Knows nothing of models and conversations. Markdown has a file of its own."""
 
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +41,16 @@ def complain(error: MixtralError) -> None:
         width = max(shutil.get_terminal_size().columns, 20)
         lines = [textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
     print(clean("\n".join(lines)), file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command answers: `text` for people, `objects` for programs, whose names are kept; and whether Ctrl-C cut
+    it short."""
+
+    text: str
+    objects: list[dict[str, Any]]
+    interrupted: bool = False
 
 
 class CtrlC:

@@ -16,9 +16,10 @@ PACKAGE = Path(mixtral_mlx.__file__).parent
 
 LAYERS: dict[str, set[str]] = {
     "config": set(),
+    "writing": set(),
     "memory": {"config"},
     "budget": {"config"},
-    "speeds": {"bench", "budget", "config", "memory"},
+    "speeds": {"bench", "budget", "config", "memory", "writing"},
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
     "routing": {"model"},
@@ -31,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"borrowed", "budget", "config", "cpu", "generate", "memory", "model", "prompt", "routing", "weights"},
     "server": {"__version__", "config", "engine", "opening", "page", "protocol", "terminal"},
     "helper": {"__version__", "config", "engine", "memory", "prompt", "protocol", "server"},
-    "session": {"config", "engine", "generate", "memory", "prompt", "weights"},
+    "session": {"config", "engine", "generate", "memory", "prompt", "weights", "writing"},
     "opening": {
         "config",
         "cpu",
@@ -45,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
         "weights",
     },
     "protocol": {"config", "engine", "generate", "prompt"},
-    "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal"},
+    "routes": {"config", "generate", "opening", "prompt", "routing", "session", "terminal", "writing"},
     "page": set(),
     "distributed": {"borrowed", "budget", "config", "cpu", "engine", "memory", "model", "weights", "__version__"},
 }

@@ -21,7 +21,7 @@ from mixtral_mlx.bench.commands import Request
 from mixtral_mlx.bench.limits import Limits
 from mixtral_mlx.bench.page import html
 from mixtral_mlx.bench.process import BenchError, SideError, Streamed, Worker
-from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read, write_whole
+from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read, write
 from mixtral_mlx.bench.rows import Row, all_rows, left_out, shortened
 from mixtral_mlx.bench.sides import Side
 from mixtral_mlx.bench.turns import Events, Measured, Outcome, Plan, Samples, run
@@ -485,15 +485,16 @@ def test_a_report_is_saved_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(BenchError) as caught:
-        write_whole(file, "after")
+        write(file, "after")
     assert (caught.value.code, file.read_text(), len(list(tmp_path.iterdir()))) == ("write_failed", "before", 1)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_measuring(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "folder.html").mkdir()
     for option in ("--save", "--output"):
-        for place in (tmp_path, tmp_path / "no" / "such.json"):
+        for place in (tmp_path / "folder.html", tmp_path / "no" / "such.html"):
             assert cli.main(["bench", "--model", "demo", option, str(place)]) == 1
             assert capsys.readouterr().err.startswith(f"error[write_failed]: {place} is ")
 
@@ -509,7 +510,7 @@ def test_two_runs_are_compared_row_by_row(
         if row.name != "prompt of 32"
     ]
     other = replace(report, rows=tuple(faster), machine=replace(report.machine, cores=99))
-    write_whole(tmp_path / "b.json", commands.as_json(other))
+    write(tmp_path / "b.json", commands.as_json(other))
     both = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert cli.main(["bench", "--compare", *both]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -638,6 +639,7 @@ REFUSED = [
     ("--model demo --turns 0", "bad_option", "--turns is '0'"),
     ("--model demo --seconds 0.5", "bad_option", "--seconds is '0.5'"),
     ("--model demo --memory lots", "bad_option", "--memory is 'lots', expected a number and a unit, as 12GB"),
+    ("--model demo --output o.txt", "bad_option", "--output is 'o.txt', expected a name that ends in .html"),
     ("--model demo --row prompt", "unknown_option", "Did you mean --rows?"),
     ("demo", "unexpected_argument", "'demo'"),
     ("--compare a.json", "bad_option", "--compare expected 2 arguments"),

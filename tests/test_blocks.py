@@ -25,6 +25,7 @@ from mixtral_mlx.engine import blocks as blocks_module
 from mixtral_mlx.engine.blocks import BLOCK_TOKENS, SUFFIX, Blocks, fingerprint
 from mixtral_mlx.engine.frozen import Form, Frozen
 from mixtral_mlx.engine.prefixes import Kind, Prefixes
+from mixtral_mlx.engine.request import EngineError
 from mixtral_mlx.model import Model
 
 from .checkpoints import TINY, random_model
@@ -446,17 +447,18 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert length_in(blocks, prompt(B)) == B
 
 
-def test_a_folder_that_cannot_be_is_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file", "file/cache"])
+def test_a_folder_that_cannot_be_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    warnings: list[str] = []
-    blocks = Blocks(tmp_path / "file" / "cache", PLAIN, "m", on_warning=warnings.append)
-    prefixes = Prefixes(PLAIN, blocks)
-    prefixes.keep(FLOATS, prompt(B), filled(B))
-    blocks.close()
-    assert found_in(prefixes, FLOATS, prompt(B))
-    assert found_in(prefixes, FLOATS, prompt(B, seed=1)) is None
-    assert warnings
-    assert blocks.statistics.written == 0
+    with pytest.raises(EngineError, match=rf"The cache_dir {tmp_path / name} cannot be used: \w") as refused:
+        Blocks(tmp_path / name, PLAIN, "m")
+    assert refused.value.code == "bad_cache_dir"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # Root may write anywhere.
+    with pytest.raises(EngineError, match="Permission denied"):
+        Blocks(tmp_path, PLAIN, "m")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
     for line, status, code in [
         ("generate --json --bogus", 2, "unknown_option"),
         ("generate --json --model /nowhere --prompt x", 1, "no_model"),
-        (f"generate --json --model {folder} --prompt-ids 99999", 1, "bad_token"),
+        (f"generate --json --model {folder} --prompt-ids 99999", 2, "bad_token"),
         (f"generate --json --model {folder} --prompt x --context 9999", 2, "bad_context"),
     ]:
         assert cli.main(line.split()) == status
@@ -117,6 +118,28 @@ def test_with_json_errors_are_an_object_on_stdout_too(capsys: pytest.CaptureFixt
         assert error.keys() == {"code", "message", "hint"}
         assert error["code"] == error_code(err) == code
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("generate --model demo --prompt x --repetition-penalty 0", "bad_sampling"),
+        ("chat --parallel expert", "not_launched"),
+        ("chat --split 64,0", "bad_option"),
+        ("serve --host 0.0.0.0", "key_required"),
+        ("serve --api-key k --host ..", "bad_host"),
+        ("serve --allow-origin nonsense", "bad_option"),
+        ("plan --hosts 64GB,64GB --link fast", "bad_option"),
+        ("convert demo dest --recipe keep --recipe q4", "bad_recipe"),
+    ],
+)
+def test_wrong_usage_is_that_wherever_it_is_found_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MIXTRAL_MLX_API_KEY", raising=False)
+    assert cli.main(line.split()) == 2
+    assert error_code(capsys.readouterr().err) == code
 
 
 @pytest.mark.parametrize(
@@ -139,6 +162,14 @@ def test_help_and_version_go_to_stdout(capsys: pytest.CaptureFixture[str], line:
     out, err = capsys.readouterr()
     assert err == ""
     assert f"mixtral-mlx {__version__}\n" == out if line == "--version" else "usage: mixtral-mlx" in out
+
+
+@pytest.mark.parametrize("command", ["generate", "routes", "bench", "perplexity"])
+def test_help_says_where_a_model_that_has_to_be_named_may_be_named(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert "MIXTRAL_MLX_MODEL names it too (required)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_generate_streams_text_that_ends_with_a_new_line(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -338,6 +369,34 @@ def test_a_reader_that_has_enough_is_no_error(folder: Path) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mixtral-mlx"]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "runpy.run_module('mixtral_mlx', run_name='__main__')",
+        "runpy.run_module('mixtral_mlx.chat', run_name='__main__')",
+        f"runpy.run_path({str(ROOT / 'convert.py')!r}, run_name='__main__')",
+        f"sys.exit(pkgutil.resolve_name({SCRIPT!r})())",
+    ],
+)
+def test_ctrl_c_while_the_program_is_still_being_imported_ends_it_quietly(start: str) -> None:
+    program = f"""
+import pkgutil, runpy, sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "mixtral_mlx.session":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["mixtral-mlx", "chat"]
+{start}
+"""
+    done = run(sys.executable, "-c", program)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_ctrl_c_ends_a_generation_with_what_is_there(folder: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from mixtral_mlx import cli
 from mixtral_mlx.config import Config, Packing
+from mixtral_mlx.weights import locate
 
 from .conversions import contents, quick_tokenizer, ticked, write_source
 
@@ -133,6 +134,41 @@ def test_wrong_usage_is_refused_by_name(
     assert found[:2] == (status, code)
     assert said in found[2]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--revision=v1", "--keep-source"])
+def test_what_says_how_to_fetch_is_refused_where_nothing_is_fetched(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path, option: str
+) -> None:
+    _, code, said = error_of(capsys, "convert", source, tmp_path / "dest", option)
+    assert code == "bad_option"
+    assert said.startswith(f"{option.split('=')[0]} is for repositories, and {source} is on this machine.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_is_a_source_by_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (report,) = objects(capsys, "convert", "demo", "dest")
+    assert (report["source_format"], report["recipe"]) == ("safetensors", "keep")
+    assert Config.read(tmp_path / "dest") == Config.read(locate(None))
+
+
+def test_a_recipe_file_that_is_no_json_is_shown_what_one_says(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.txt").write_text("four bits")
+    line = ("convert", source, tmp_path / "dest", "--recipe-file", tmp_path / "recipe.txt")
+    _, code, said = error_of(capsys, *line)
+    assert code == "bad_json"
+    assert 'A recipe file says bits by names, as {"*": 4' in said
+
+
+def test_one_argument_too_many_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Besides options it takes SOURCE and DEST" in error_of(capsys, "convert", "x", "y", "z")[2]
+    assert "Besides options it takes FOLDER" in error_of(capsys, "verify", "x", "y")[2]
+    assert "Everything is given by options" in error_of(capsys, "perplexity", "x")[2]
 
 
 def test_errors_are_objects_for_programs(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,10 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import openai
 import pytest
@@ -22,6 +23,7 @@ from jsonschema import Draft202012Validator
 
 import mixtral_mlx
 from mixtral_mlx.helper import messages
+from mixtral_mlx.helper.helper import Helper, _Load
 from mixtral_mlx.helper.life import end_of
 
 PACKAGE = Path(mixtral_mlx.__file__).parent
@@ -750,3 +752,19 @@ def test_a_killed_parent_leaves_no_orphan(state: str) -> None:
 def test_fifty_killed_parents_leave_no_orphan(state: str) -> None:
     for _ in range(13):  # In each of four states.
         _killed_parent_leaves_nothing(state)
+
+
+def test_what_goes_wrong_with_kept_prompts_later_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned(*_: Any, on_warning: Callable[[str], None], **__: Any) -> mixtral_mlx.Engine:
+        on_warning("The prompt cache in /kept cannot be written to.")
+        raise mixtral_mlx.MixtralError("Stopped.", code="cancelled")
+
+    async def loaded() -> None:
+        _Load("1", "demo", cast(Helper, None)).run({})
+
+    monkeypatch.setattr("mixtral_mlx.engine.engine.load", warned)
+    with pytest.raises(mixtral_mlx.MixtralError, match="Stopped"):
+        asyncio.run(loaded())
+    assert caplog.messages == ["The prompt cache in /kept cannot be written to."]

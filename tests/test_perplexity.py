@@ -119,6 +119,14 @@ def test_models_of_other_vocabularies_and_broken_ones_are_refused(models: tuple[
     assert refused.value.code == "not_finite"
 
 
+def test_a_context_beyond_a_models_own_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    short = write_tiny(tmp_path / "short", replace(TINY, max_position_embeddings=64, num_hidden_layers=1))
+    for folder, against, most in ((models[0], None, "2,048"), (models[0], short, "64")):
+        with pytest.raises(MixtralError, match=f"expected 2 to {most}, this model's own limit") as refused:
+            perplexity(folder, TEXT, against=against, context=4096 if against is None else 65)
+        assert refused.value.code == "bad_context"
+
+
 def test_scoring_can_be_stopped(models: tuple[Path, Path]) -> None:
     with pytest.raises(MixtralError) as stopped:
         perplexity(models[0], TEXT, cancelled=lambda: True)

@@ -112,6 +112,12 @@ def test_explain_shows_sums_that_are_right(plan: Callable[..., str]) -> None:
         assert re.search(rf"^ +{part} [\d.]+ [GM]B", out, re.MULTILINE)
 
 
+def test_explained_sums_of_a_small_model_are_no_zeros(plan: Callable[..., str]) -> None:
+    out = plan("--model", "demo", "--memory", "1GB", "--explain")
+    assert re.search(r"experts [\d.]+ MB \(32 of 32, ", out)
+    assert re.search(r"2 × 0\.0\d*[1-9] G × ", out)
+
+
 def test_a_folder_is_planned_as_its_files_are(tmp_path: Path, plans: Callable[..., list[dict[str, Any]]]) -> None:
     folder = write_tiny(tmp_path / "tiny", replace(TINY, quantization=Q4))
     (row,) = plans("--model", str(folder), "--memory", "2GB")
@@ -133,9 +139,10 @@ def test_a_config_alone_is_enough(tmp_path: Path, plans: Callable[..., list[dict
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
-        ("--memory 8XB", 2, "--memory holds '8XB', expected sizes as 12GB"),
+        ("--memory 8XB", 2, "--memory holds '8XB', expected a number and a unit, as 12GB"),
         ("--memory 8GB,,9GB", 2, "--memory holds ''"),
         ("--memory 12", 2, "--memory holds '12'"),
+        ("--memory 0GB", 2, "--memory holds '0GB', expected more than 0 and at most 1000TB"),
         ("--ram lots", 2, "--ram holds 'lots'"),
         ("--context 1", 2, "--context is '1'"),
         ("--kv-bits 2", 2, "--kv-bits is '2'"),
@@ -193,6 +200,33 @@ def test_what_is_measured_is_kept_and_later_plans_say_so(plan: Callable[..., str
     assert "Speeds measured here" in plan("--memory", "12GB")
     assert "Speeds assumed for a Mac with a base chip" in plan("--ram", "16GB")
     assert [file.name for file in kept.iterdir()] == ["speeds.json"]
+
+
+def without_the_cache(kept: Path) -> None:
+    kept.parent.mkdir()
+    kept.write_text("a file, not a folder")
+
+
+@pytest.mark.usefixtures("_quick")
+def test_what_cannot_be_kept_is_planned_with_all_the_same(
+    plan: Callable[..., str], kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_the_cache(kept)
+    (tmp_path / "weights").write_bytes(b"1" * (16 << 20))
+    monkeypatch.setattr(speeds, "_largest", lambda folder: tmp_path / "weights")
+    out = plan("--measure", "--memory", "12GB")
+    assert "Speeds measured here" in out
+    assert f"What was measured is not kept for later plans: {kept / 'speeds.json'} cannot be written" in " ".join(
+        out.split()
+    )
+    assert "not kept" in json.loads(plan("--measure", "--memory", "12GB", "--json"))["not_kept"]
+
+
+def test_without_a_place_for_a_file_to_measure_with_a_model_is_asked_for(plan: Callable[..., str], kept: Path) -> None:
+    without_the_cache(kept)
+    err = plan("--measure", status=1)
+    assert "error[write_failed]" in err
+    assert "Give --model FOLDER" in err
 
 
 @pytest.mark.usefixtures("_quick")
@@ -293,6 +327,10 @@ def test_macs_that_share_a_model_are_told_what_each_holds(plan: Callable[..., st
     out = plan("--hosts", "64GB,36GB")
     assert re.search(r"rank 1, 36 GB Mac: experts 5 to 7, 3 key/value heads", out)
     assert "Computed, not measured" in out
+
+
+def test_one_mac_alone_shares_nothing(plan: Callable[..., str]) -> None:
+    assert "--hosts holds one Mac, expected two or more" in plan("--hosts", "64GB", status=2)
 
 
 @pytest.mark.parametrize("line", [("--link", "10Gb/s,1ms"), ("--hosts", "64GB,36GB", "--ram", "64GB")])

@@ -328,7 +328,7 @@ def test_options_for_several_are_refused_to_one() -> None:
     ended = subprocess.run(
         [sys.executable, *GENERATE, "--parallel", "expert"], capture_output=True, text=True, timeout=60
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert "error[not_launched]" in ended.stderr
 
 

@@ -359,7 +359,7 @@ def test_a_picture_that_cannot_be_written_leaves_what_was_there(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(commands.RoutesError, match="No space left"):
-        commands.write_whole(file, b"after")
+        commands.write(file, b"after")
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
 

@@ -29,11 +29,13 @@ from mixtral_mlx.config import MixtralError
 from mixtral_mlx.engine.engine import Engine, load
 from mixtral_mlx.engine.request import Done, EngineError, PromptProgress, Token
 from mixtral_mlx.generate import Usage
+from mixtral_mlx.opening import ModelChoice
 from mixtral_mlx.protocol import PARSERS
+from mixtral_mlx.server import serve as serving
 from mixtral_mlx.server import sse
 from mixtral_mlx.server.app import Model, create_app
 from mixtral_mlx.server.log import Log
-from mixtral_mlx.server.serve import listening
+from mixtral_mlx.server.serve import Server, listening
 from mixtral_mlx.server.settings import ServerError, ServerSettings
 
 from .serving import CHAT, JSON, Answer, Served, answers, events, posted, served
@@ -843,11 +845,26 @@ def test_serving_on_other_machines_addresses_without_a_key_is_refused() -> None:
     environment = {**os.environ, "MIXTRAL_MLX_API_KEY": ""}
     command = [sys.executable, "-m", "mixtral_mlx", "serve", "--host", "0.0.0.0"]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert answer.returncode == 1
+    assert answer.returncode == 2
     assert answer.stderr.startswith("error[key_required]: The address 0.0.0.0 can be reached from other machines")
 
 
+def test_what_goes_wrong_with_kept_prompts_later_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: Any, on_warning: Callable[[str], None], **__: Any) -> Engine:
+        on_warning("The prompt cache in /kept cannot be written to.")
+        raise MixtralError("Loading was cancelled.", code="cancelled")
+
+    said: list[str] = []
+    log, request = Log(quiet=True), serving.Request(ModelChoice(quiet=True))
+    monkeypatch.setattr(log, "complain", said.append)
+    monkeypatch.setattr(serving, "load", warned)
+    server = Server(create_app(Model(), ServerSettings(), log), ServerSettings())
+    serving._Loading(request, Model(), server, log, lambda engine: None)._load()
+    assert said == ["The prompt cache in /kept cannot be written to."]
+
+
 WRONG_OPTIONS = [
+    ("--cache-size 1GB", "--cache-size goes with --cache-dir only"),
     ("--port 65536", "--port is '65536', expected a port from 0 to 65535"),
     ("--port http", "--port is 'http'"),
     ("--uds a --host b", "Both --uds and --host were given"),

@@ -58,10 +58,18 @@ def ask(session: Session, line: str, stop_after: int | None = None) -> Done:
     return session.ended
 
 
-def code_of(action: Callable[[], object]) -> str:
+def refusal(action: Callable[[], object]) -> MixtralError:
     with pytest.raises(MixtralError) as caught:
         action()
-    return caught.value.code
+    return caught.value
+
+
+def code_of(action: Callable[[], object]) -> str:
+    return refusal(action).code
+
+
+def out_of_memory(*_: object) -> None:
+    raise RuntimeError("[malloc] Unable to allocate")
 
 
 def state(session: Session) -> object:
@@ -107,6 +115,40 @@ def test_a_reply_stopped_before_its_first_word_leaves_the_message_waiting(sessio
     assert [turn.user for turn in session.turns] == ["Hello"]
 
 
+@pytest.mark.parametrize("line", ["/regen", "/edit something else"])
+def test_a_reply_stays_until_there_is_another(session: Session, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    ask(session, "one")
+    ask(session, "two")
+    before = list(session.turns)
+    ask(session, line, stop_after=0)
+    assert (session.turns, session.waiting) == (before, "")
+    assert session.remark() == "[no reply; the earlier one stays]"
+    with monkeypatch.context() as patched:
+        patched.setattr(batch, "run", out_of_memory)
+        assert code_of(lambda: ask(session, line)) == "out_of_memory"
+    assert (session.turns, session.waiting) == (before, "")
+    session.handle("/set max_tokens 3")
+    ask(session, line)
+    assert session.turns != before
+    assert len(session.turns) == 2
+    assert session.remark().startswith("[cut off")
+
+
+def test_an_edit_too_long_for_the_context_leaves_the_turn_as_it_was(folder: Path) -> None:
+    session = session_with(folder, context=64)
+    ask(session, "Hi")
+    before = list(session.turns)
+    assert code_of(lambda: ask(session, f"/edit {'word ' * 90}")) == "context_full"
+    assert (session.turns, session.waiting) == (before, "")
+
+
+def test_a_loaded_conversation_has_no_statistics_yet(session: Session, tmp_path: Path) -> None:
+    session.handle(f"/save {tmp_path / 'talk.json'}")
+    ask(session, "Hi")
+    session.handle(f"/load {tmp_path / 'talk.json'}")
+    assert session.handle("/stats").text == "No reply yet."
+
+
 def test_regen_edit_undo_drop_and_clear(session: Session) -> None:
     ask(session, "one")
     ask(session, "two")
@@ -147,6 +189,11 @@ def test_a_message_may_begin_with_a_slash(session: Session, line: str, message: 
         ("/set top_k 1.5", "bad_value"),
         ("/set repetition_penalty 0", "bad_sampling"),
         (r"/set stop \q", "bad_value"),
+        ("/undo 3", "unexpected_argument"),
+        ("/clear everything", "unexpected_argument"),
+        ("/regen shorter", "unexpected_argument"),
+        ("/help set", "unexpected_argument"),
+        ("/exit now", "unexpected_argument"),
         ("/drop", "bad_number"),
         ("/drop 2", "bad_number"),
         ("/stats maybe", "bad_value"),
@@ -227,11 +274,34 @@ def test_a_saved_conversation_goes_on_as_if_never_left(session: Session, folder:
     assert other.turns == session.turns
 
 
+def test_a_saved_conversation_is_its_writers_alone_and_costs_no_other_file(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "talk.json.partial").write_text("precious")
+    session.handle(f"/save {tmp_path / 'talk.json'}")
+    assert (tmp_path / "talk.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "talk.json.partial").read_text() == "precious"
+
+
 def test_saving_never_replaces_a_file_that_is_no_saved_chat(session: Session, tmp_path: Path) -> None:
     file = tmp_path / "precious.json"
-    file.write_text('{"a": 1}')
-    assert code_of(lambda: session.handle(f"/save {file}")) == "bad_chat"
-    assert file.read_text() == '{"a": 1}'
+    for content in ('{"a": 1}', "my notes", json.dumps({**GOOD, "mixtral_mlx_chat": 2})):
+        file.write_text(content)
+        refused = refusal(lambda: session.handle(f"/save {file}"))
+        assert (refused.code, refused.hint) == ("exists", "Choose another name.")
+        assert file.read_text() == content
+
+
+def test_what_the_system_says_of_a_file_is_passed_on_without_names_that_are_ours(
+    session: Session, tmp_path: Path
+) -> None:
+    for path in (tmp_path / "no" / "talk.json", tmp_path / ("long" * 100)):
+        refused = refusal(lambda path=path: session.handle(f"/save {path}"))  # type: ignore[misc]
+        assert re.fullmatch(rf"{path} cannot be (written|read): [A-Z][a-z ]+\.", str(refused))
+
+
+def test_a_file_that_was_never_fetched_is_not_to_be_fetched_again(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not JSON")
+    refused = refusal(lambda: session.handle(f"/load {tmp_path / 'notes.txt'}"))
+    assert (refused.code, refused.hint) == ("bad_json", "Choose a file /save has written.")
 
 
 GOOD: dict[str, Any] = {
@@ -369,9 +439,6 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one_answering(
 def test_a_failure_of_mlx_is_an_error_and_the_conversation_goes_on(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_memory(*_: object) -> None:
-        raise RuntimeError("[malloc] Unable to allocate")
-
     with monkeypatch.context() as patched:
         patched.setattr(batch, "run", out_of_memory)
         assert code_of(lambda: ask(session, "Hello")) == "out_of_memory"

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from .. import __version__
 from ..budget import fit
 from ..config import Quantization
 from ..memory import activation_dtype, ram_bytes
 from ..opening import located
-from ..terminal import Bar
+from ..terminal import Answer, Bar
 from ..weights import Checkpoint, dtypes_for, footprint
 from . import compare as comparisons
 from . import floor, limits, rows, table, turns
@@ -37,7 +36,7 @@ from .report import (
     left_out,
     memory_notes,
     notes_of,
-    write_whole,
+    write,
 )
 from .sides import OTHERS, Side, ours, shared
 
@@ -65,15 +64,6 @@ class Request:
     sharing: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the command answers: `text` for people, `objects` for programs, and whether Ctrl-C cut it short."""
-
-    text: str
-    objects: list[dict[str, Any]]
-    interrupted: bool = False
-
-
 def bench(request: Request, *, quiet: bool) -> Answer:
     """Run `bench`; Ctrl-C ends it with what there is."""
     for path in filter(None, (request.save, request.output)):
@@ -91,9 +81,9 @@ def bench(request: Request, *, quiet: bool) -> Answer:
         sides.append(OTHERS[request.against](folder, request.dtype))
     report = measure(request, checkpoint, sides, quiet=quiet)
     if request.save:
-        write_whole(request.save, as_json(report))
+        write(request.save, as_json(report))
     if request.output:
-        write_whole(request.output, html(report))
+        write(request.output, html(report))
     return Answer(table.text(report), [report.to_dict()], report.interrupted)
 
 

@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..config import parse_json, shown
+from ..writing import write_whole
 from . import floor
 from .limits import Limits, Machine
 from .process import BenchError, Memory, Streamed
@@ -271,17 +272,11 @@ def check_writable(path: Path) -> None:
         raise BenchError(f"{path} {found}, expected a file to write.", code="write_failed")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; raises `BenchError`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def write(path: Path, text: str) -> None:
+    """Write a report, whole or not at all; raises `BenchError`."""
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
+        write_whole(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise BenchError(f"{path} cannot be written: {error.strerror}.", code="write_failed") from None
 
 

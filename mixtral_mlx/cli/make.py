@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..config import RECIPES
-
-if TYPE_CHECKING:
-    pass
-from .options import Parser, UsageError, add_output, count, one_of, show
+from .options import Parser, UsageError, add_model_name, add_output, count, one_of, required_model, show
 
 _CONVERT = """Convert any Mixtral checkpoint into a folder that this program and mlx-lm run.
 
-SOURCE is a folder, a .gguf file, or a Hugging Face repository (for one of several GGUF models in it, NAME:FILE). DEST
-appears when all of it is written. Stopped or killed, the same command goes on where it was."""
+SOURCE is a folder, a .gguf file, `demo`, or a Hugging Face repository (for one of several GGUF models in it,
+NAME:FILE). DEST appears when all of it is written. Stopped or killed, the same command goes on where it was."""
 
 
 _CONVERT_EPILOG = """recipes, by bits of the experts and of the rest (the router always has 8 or more):
@@ -103,16 +98,14 @@ def perplexity(arguments: list[str]) -> int:
         "One layer at a time is in memory, so neither model needs to fit.",
         epilog="example:\n  mixtral-mlx perplexity --model ~/models/mixtral-q4 --file book.txt",
     )
-    parser.add_argument("--model", metavar="M", help="a folder, a Hugging Face repository, or `demo` (required)")
+    add_model_name(parser, "required")
     parser.add_argument("--file", metavar="T", help="the text, in UTF-8 (required)")
     parser.add_argument("--against", metavar="N", help="another model: also print the KL divergence from it")
     parser.add_argument("--context", type=count(2), default=512, metavar="N", help="tokens of a window (512)")
     parser.add_argument("--offline", action="store_true", help="fetch nothing from the network")
     add_output(parser, "print one object: perplexity, tokens, kl, seconds")
     parsed = parser.parse(arguments)
-    model = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL")
-    if not model:
-        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
+    model = required_model(parsed)
     if not parsed.file:
         raise UsageError("No text was given.", code="no_text", hint="Give --file FILE.")
     from ..convert.commands import perplexity

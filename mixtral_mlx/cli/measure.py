@@ -6,15 +6,17 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..budget import parse_size
+from ..config import MixtralError
 from ..opening import ModelChoice, followed, ranks
 from ..terminal import complain
 from .options import (
     Parser,
     UsageError,
     add_model,
+    add_model_name,
     add_output,
     add_parallel,
     add_settings,
@@ -27,6 +29,9 @@ from .options import (
     size,
     stdin_text,
 )
+
+if TYPE_CHECKING:
+    from ..distributed.outlook import Wire
 
 _PLAN = """Say what runs in how much memory: resident or streamed from the SSD, with which context, and how fast that
 should be. Without --model for the published Mixtrals, without --memory or --ram for this machine. Computed, not run."""
@@ -51,7 +56,7 @@ def plan(arguments: list[str]) -> int:
     group.add_argument(
         "--hosts", type=_sizes(as_chips=True), default=(), metavar="64GB,36GB", help="Macs that share a model"
     )
-    group.add_argument("--link", metavar="10Gb/s,0.3ms", help="what is between them (20Gb/s,0.3ms)")
+    group.add_argument("--link", type=_link, metavar="10Gb/s,0.3ms", help="what is between them (20Gb/s,0.3ms)")
     group.add_argument("--context", type=count(2), metavar="N", help="tokens of prompt and answer (chosen to fit)")
     group.add_argument("--kv-bits", type=one_of(4, 8), metavar="N", help="keep the cache in 4 or 8 bits")
     group = parser.add_argument_group("how it is said")
@@ -71,9 +76,22 @@ def plan(arguments: list[str]) -> int:
 def _check_hosts(given: dict[str, Any]) -> None:
     if given["link"] and not given["hosts"]:
         raise UsageError("--link goes with --hosts only.", code="bad_option")
+    if len(given["hosts"]) == 1:
+        raise UsageError(
+            "--hosts holds one Mac, expected two or more.", code="bad_option", hint="--ram plans for a Mac alone."
+        )
     others = [name for name in ("memory", "ram", "measure", "explain") if given[name]]
     if given["hosts"] and others:
         raise UsageError(f"Both --hosts and --{others[0]} were given, expected one.", code="bad_option")
+
+
+def _link(text: str) -> Wire:
+    from ..distributed.outlook import parse_wire
+
+    try:
+        return parse_wire(text)
+    except MixtralError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("The link ").rstrip(".")) from None
 
 
 def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:
@@ -84,10 +102,8 @@ def _sizes(*, as_chips: bool = False) -> Callable[[str], tuple[int, ...]]:
         for word in text.split(","):
             try:
                 sizes.append(parse_size(word, as_chips=as_chips))
-            except SizeError:
-                raise argparse.ArgumentTypeError(
-                    f"holds {word[:40]!r}, expected sizes as 12GB, 800MB or 12.5GiB, with commas between them"
-                ) from None
+            except SizeError as error:
+                raise argparse.ArgumentTypeError(f"holds {str(error).removeprefix('The size is ')}") from None
         return tuple(sizes)
 
     return parse
@@ -119,9 +135,8 @@ def bench(arguments: list[str]) -> int:
         from ..bench import commands
 
         return show(commands.compare(*both), as_json=as_json)
-    model = given.pop("model", None) or os.environ.get("MIXTRAL_MLX_MODEL")
-    if not model:
-        raise UsageError("No model was given.", code="no_model", hint="Give --model FOLDER, or --model demo.")
+    model = required_model(parsed)
+    given.pop("model", None)
     name = None if model == "demo" else model
     sharing = _sharing(name, given)
     if sharing is None:
@@ -129,9 +144,7 @@ def bench(arguments: list[str]) -> int:
     from ..bench import commands
 
     request = commands.Request(name, **given, **sharing)
-    answer = commands.bench(request, quiet=quiet)
-    show(answer, as_json=as_json)
-    return 130 if answer.interrupted else 0
+    return show(commands.bench(request, quiet=quiet), as_json=as_json)
 
 
 def _sharing(name: str | None, given: dict[str, Any]) -> dict[str, Any] | None:
@@ -163,7 +176,7 @@ def _bench_parser() -> Parser:
 
     engines, groups = ", ".join(sides.OTHERS), ",".join(rows.GROUPS)
     parser = Parser("mixtral-mlx bench", description=_BENCH, epilog=_BENCH_EPILOG)
-    parser.add_argument("--model", metavar="M", help="a folder, a Hugging Face repository, or `demo` (required)")
+    add_model_name(parser, "required")
     parser.add_argument("--offline", action="store_true", default=None, help="fetch nothing from the network")
     parser.add_argument(
         "--vs", type=one_of(*sides.OTHERS), dest="against", metavar="E", help=f"the engine to compare with: {engines}"
@@ -187,7 +200,9 @@ def _bench_parser() -> Parser:
     group.add_argument("--rows", type=_some_of(rows.GROUPS), dest="groups", metavar="A,B", help=f"of {groups} (all)")
     group.add_argument("--seconds", type=count(1), metavar="N", help="most a row takes of each side in a turn (20)")
     group = parser.add_argument_group("what to do with it")
-    group.add_argument("--output", type=Path, metavar="F.html", help="also write a page with a picture: a roofline")
+    group.add_argument(
+        "--output", type=_named(".html"), metavar="F.html", help="also write a page with a picture: a roofline"
+    )
     group.add_argument(
         "--save", type=Path, metavar="F.json", help="also write what --json prints, to compare with later"
     )
@@ -227,7 +242,9 @@ def routes(arguments: list[str]) -> int:
     parser.add_argument("--prompt", metavar="TEXT", help="text to complete (stdin)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message, to be answered")
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt, with --chat")
-    parser.add_argument("--output", type=_picture, metavar="F.png|F.html", help="draw a picture, or a page with one")
+    parser.add_argument(
+        "--output", type=_named(".png", ".html"), metavar="F.png|F.html", help="draw a picture, or a page with one"
+    )
     add_output(parser, "print one object: tokens, choices, weights, counts, by_layer, overall …")
     add_model(parser, "required")
     add_settings(parser, {"temperature": "0", "max_tokens": str(_ROUTES_TOKENS)})
@@ -240,13 +257,16 @@ def routes(arguments: list[str]) -> int:
     from ..routes import commands
 
     request = commands.Request(model_choice(parsed, name), text, parsed.chat, parsed.system, settings, parsed.output)
-    answer = commands.routes(request)
-    show(answer, as_json=parsed.json)
-    return 130 if answer.interrupted else 0
+    return show(commands.routes(request), as_json=parsed.json)
 
 
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in (".png", ".html"):
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in .png or .html")
-    return path
+def _named(*endings: str) -> Callable[[str], Path]:
+    """Reads the name of a file whose ending says what it is."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected a name that ends in {' or '.join(endings)}")
+        return path
+
+    return parse

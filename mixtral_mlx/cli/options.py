@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..budget import parse_size
 from ..config import MixtralError
 from ..opening import ModelChoice
 from ..session import SETTINGS, parse_setting
-from ..terminal import clean, complain
-
-if TYPE_CHECKING:
-    from ..bench.commands import Answer as Measured
-    from ..convert.commands import Answer
-    from ..plan import Answer as Planned
-    from ..routes.commands import Answer as Routed
+from ..terminal import Answer, clean, complain
 
 
 class UsageError(MixtralError):
@@ -36,7 +31,16 @@ def failed(error: MixtralError, as_json: bool) -> int:
     if error.code == "cancelled":
         return 130
     complain(error)
-    return 2 if isinstance(error, UsageError) or error.code in ("bad_sampling", "bad_context") else 1
+    return 2 if isinstance(error, UsageError) or error.code in WRONG_USAGE else 1
+
+
+WRONG_USAGE = frozenset(
+    {
+        *("bad_option", "bad_sampling", "bad_context", "bad_token", "bad_recipe"),
+        *("bad_link", "bad_split", "not_launched", "bad_host", "key_required"),
+    }
+)
+"""Codes of what only a command line can have asked for, though it is found out further down."""
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -74,12 +78,16 @@ class Parser(argparse.ArgumentParser):
             self._refuse(unknown[0].split("=")[0])
         return parsed
 
+    def _taken(self) -> str:
+        names = [str(action.metavar) for action in self._actions if not action.option_strings]
+        return f"Besides options it takes {' and '.join(names)}" if names else "Everything is given by options"
+
     def _refuse(self, word: str) -> NoReturn:
         if not word.startswith("-"):
             raise UsageError(
                 f"{self.prog} takes no argument {word!r}.",
                 code="unexpected_argument",
-                hint="Everything is given by options; see --help.",
+                hint=f"{self._taken()}; see --help.",
             )
         raise UsageError(
             f"{self.prog} has no option {word}.",
@@ -91,11 +99,7 @@ class Parser(argparse.ArgumentParser):
 def add_model(parser: Parser, default: str) -> None:
     """Options that say which model runs, and how; `default` is what runs without --model."""
     group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--model",
-        metavar="M",
-        help=f"a folder, a Hugging Face repository, or `demo`; MIXTRAL_MLX_MODEL names it too ({default})",
-    )
+    add_model_name(group, default)
     group.add_argument("--offline", action="store_true", help="fetch nothing from the network")
     group.add_argument(
         "--dtype",
@@ -126,6 +130,15 @@ def add_model(parser: Parser, default: str) -> None:
     )
 
 
+def add_model_name(group: argparse._ActionsContainer, default: str) -> None:
+    """The option --model; `default` is what runs without it."""
+    group.add_argument(
+        "--model",
+        metavar="M",
+        help=f"a folder, a Hugging Face repository, or `demo`; MIXTRAL_MLX_MODEL names it too ({default})",
+    )
+
+
 def add_parallel(parser: Parser) -> None:
     """Options of commands that several machines can share."""
     group = parser.add_argument_group("several Macs, started with mlx.launch")
@@ -145,9 +158,12 @@ def add_parallel(parser: Parser) -> None:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected numbers with commas between them") from None
+        numbers = ()
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}, expected numbers above 0 with commas between them")
+    return numbers
 
 
 def add_engine(parser: Parser) -> None:
@@ -184,6 +200,8 @@ _ENGINE = (
 
 def engine_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """What was given of what `load` takes besides the model."""
+    if parsed.cache_size is not None and parsed.cache_dir is None:
+        raise UsageError("--cache-size goes with --cache-dir only.", code="bad_option", hint="Add --cache-dir DIR.")
     return {name: getattr(parsed, name) for name in _ENGINE if getattr(parsed, name) not in (None, False)}
 
 
@@ -304,10 +322,10 @@ def add_output(parser: Parser, json_help: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def show(answer: Answer | Measured | Planned | Routed, *, as_json: bool) -> int:
+def show(answer: Answer, *, as_json: bool) -> int:
     """Print an answer for people, or as JSON; the exit code."""
     for entry in answer.objects if as_json else ():
         print_json(entry)
     if not as_json:
         print(clean(answer.text))
-    return 0
+    return 130 if answer.interrupted else 0

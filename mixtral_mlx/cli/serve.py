@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..opening import ModelChoice, joined, wired
 from ..terminal import complain
-
-if TYPE_CHECKING:
-    pass
 from .options import (
     Parser,
     UsageError,
@@ -45,6 +41,7 @@ def serve(arguments: list[str]) -> int:
         raise UsageError("Both --uds and --host were given, expected one.", code="bad_option")
     if parsed.uds and parsed.port is not None:
         raise UsageError("Both --uds and --port were given, expected one.", code="bad_option")
+    options = engine_options(parsed)
     from ..server.serve import Request, serve
     from ..server.settings import ServerSettings
 
@@ -62,7 +59,7 @@ def serve(arguments: list[str]) -> int:
     choice = model_choice(parsed, parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None)
     port = 8080 if parsed.port is None else parsed.port
     with wired(choice), joined(choice, complain) as mine:
-        return 0 if mine is None else serve(Request(mine, settings, port, parsed.uds, engine_options(parsed)))
+        return 0 if mine is None else serve(Request(mine, settings, port, parsed.uds, options))
 
 
 def _serve_parser() -> Parser:
@@ -147,11 +144,11 @@ def helper(arguments: list[str]) -> int:
     add_model(parser, "none: wait for a message")
     add_engine(parser)
     parsed = parser.parse(arguments)
+    loading = {name: getattr(parsed, name) for name in _LOADING if getattr(parsed, name) is not None}
+    loading |= engine_options(parsed)
     from ..helper.helper import Options, run
 
     model = parsed.model or os.environ.get("MIXTRAL_MLX_MODEL") or None
-    loading = {name: getattr(parsed, name) for name in _LOADING if getattr(parsed, name) is not None}
-    loading |= engine_options(parsed)
     with wired(ModelChoice(memory_bytes=parsed.memory, wired=parsed.wired, quiet=True)):
         run(Options(model, loading, parsed.serve, parsed.parent_pid, parsed.log))
 

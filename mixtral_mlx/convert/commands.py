@@ -8,29 +8,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..config import MixtralError
 from ..memory import peak_rss_bytes
 from ..opening import located
 from ..plan import outlook
 from ..session import mlx_failures
-from ..terminal import CtrlC, Screen, in_time
+from ..terminal import Answer, CtrlC, Screen, in_time
 from . import perplexity as perplexities
 from . import run
 from . import verify as verifying
 from .names import ConvertError
 from .pipeline import Events
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command answers: `text` for people, `objects` for programs. Their names are kept."""
-
-    text: str
-    objects: list[dict[str, Any]]
 
 
 def convert(request: run.Request, *, quiet: bool) -> Answer:

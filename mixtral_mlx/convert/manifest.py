@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Sum]:
             code="no_manifest",
             hint="Only folders written by `convert` can be verified.",
         )
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, hint="Convert it again.")
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if (
         not isinstance(files, dict)

@@ -19,6 +19,7 @@ KEEP = "keep"
 FLOAT_RECIPES = {"bf16": "bfloat16", "f16": "float16"}
 _DEFAULT_RECIPE = "q4"
 _GROUP_SIZE = 64
+_PATTERNS_HINT = 'A recipe file says bits by names, as {"*": 4, "*.self_attn.*": 8}.'
 _RECIPES_HINT = f"There are {', '.join(RECIPES)}, and {KEEP} for what MLX has quantized."
 
 
@@ -47,7 +48,7 @@ class Order:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.patterns = read_json(request.recipe_file) if request.recipe_file else None
+        self.patterns = read_json(request.recipe_file, hint=_PATTERNS_HINT) if request.recipe_file else None
         self.names = self._recipe_names()
         self.dest = _absolute(request.dest)
         self.work = self.dest.with_name(self.dest.name + ".partial")
@@ -78,6 +79,16 @@ class Order:
         for path in [*self.folders, *([self.kept_source] if self.request.keep_source else [])]:
             if os.path.lexists(path):
                 raise ConvertError(f"{path} exists already.", code="exists", hint="Choose another name, or remove it.")
+
+    def check_here(self) -> None:
+        """Raise `ConvertError` for what says how to fetch a source that need not be fetched."""
+        for option, given in (("--revision", self.request.revision), ("--keep-source", self.request.keep_source)):
+            if given not in (None, False):
+                raise ConvertError(
+                    f"{option} is for repositories, and {self.request.source} is on this machine.",
+                    code="bad_option",
+                    hint="Leave it out.",
+                )
 
     def plan(self, local: Source | None) -> dict[str, Any]:
         """All that what is written depends on, but for the commit of a repository."""

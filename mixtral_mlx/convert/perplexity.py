@@ -16,6 +16,8 @@ from mlx.utils import tree_map
 
 from .. import cpu
 from ..borrowed import create_attention_mask
+from ..budget import check_context
+from ..config import Config
 from ..model import Model
 from ..prompt import Tokenizer
 from ..weights import Checkpoint, Progress, dtypes_for, quantize, read_tensors
@@ -44,11 +46,15 @@ def perplexity(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Score `folder` on `text`, cut into windows of `context` tokens; with `against`, also its divergence from that.
+    Raises `MixtralError`, as for a context that one of the models cannot have.
 
     The KL divergence is that of this model's distribution from the other's: sum of p_other · log(p_other / p_this)."""
     if cpu.is_backend():
         mx.disable_compile()  # There it would call a C++ compiler, for a second and a half and no gain.
-    tokenizer = Tokenizer.read(folder)
+    configs = [Config.read(path) for path in (folder, against) if path]  # First: a folder without one is no model.
+    for config in configs:
+        check_context(context, config.max_position_embeddings)
+    tokenizer = Tokenizer.read(folder, configs[0].vocab_size)
     windows = _windows(tokenizer.encode(text, bos=False), context, tokenizer.bos_id)
     models = [_Streamed(path) for path in (folder, against) if path]
     if len({model.checkpoint.config.vocab_size for model in models}) > 1:

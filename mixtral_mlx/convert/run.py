@@ -15,6 +15,7 @@ from typing import Any
 
 from ..hub.fetch import fetch
 from ..hub.listing import in_words, list_files
+from ..weights import locate
 from . import mlx as mlx_folders
 from .journal import SOURCE, Journal, disk_errors
 from .names import ConvertError, Piece, matrices
@@ -43,14 +44,15 @@ def convert(request: Request, events: Events = Events()) -> Report:
     """Convert; raises `MixtralError`. After an error or a kill, the same request goes on where it was."""
     start = time.perf_counter()
     order = Order(request)
-    path = Path(os.path.abspath(os.path.expanduser(request.source)))  # noqa: PTH100, PTH111 - links are not followed
-    local = open_source(path) if os.path.exists(path) else None  # noqa: PTH110 - a name may be too long for a path
+    local = _local(request.source)
     if local is None and not _REPOSITORY.fullmatch(request.source):
         raise ConvertError(
             f"There is no {request.source}.",
             code="no_model",
             hint="Give a folder, a .gguf file, or a repository such as mistralai/Mixtral-8x7B-Instruct-v0.1.",
         )
+    if local:
+        order.check_here()
     with Journal(order.work, order.plan(local)) as journal:
         if not is_finished(journal):
             order.check_free()
@@ -69,6 +71,14 @@ def convert(request: Request, events: Events = Events()) -> Report:
         seconds=time.perf_counter() - start,
         resumed=journal.resumed,
     )
+
+
+def _local(source: str) -> Source | None:
+    """The source where it is on this machine: a path, or `demo`, the built-in model where no path has that name."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))  # noqa: PTH100, PTH111 - links are not followed
+    if os.path.exists(path):  # noqa: PTH110 - a name may be too long for a path
+        return open_source(path)
+    return open_source(locate(None)) if source == "demo" else None
 
 
 def _from_here(order: Order, journal: Journal, source: Source, events: Events) -> None:

@@ -6,10 +6,10 @@ read them: prompt.py reads the SentencePiece model."""
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from ..writing import write_whole
 
 # The templates are ours and cover chats without tools. In v1 the markers are written out as text; in v3 they are
 # control tokens, after which the normalizer itself writes the space, so that none may stand there.
@@ -49,8 +49,8 @@ def write_tokenizer_json(sentencepiece_model: Path, folder: Path) -> None:
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model.read_bytes())
-    _write(folder / "tokenizer.json", _tokenizer(pieces))
-    _write(folder / "tokenizer_config.json", json.dumps(_config(pieces), ensure_ascii=False, indent=2))
+    write_whole(folder / "tokenizer.json", _tokenizer(pieces))
+    write_whole(folder / "tokenizer_config.json", json.dumps(_config(pieces), ensure_ascii=False, indent=2))
 
 
 def _tokenizer(pieces: Any) -> str:
@@ -106,18 +106,3 @@ def _config(pieces: Any) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "chat_template": _TEMPLATE_V3 if v3 else _TEMPLATE_V1,
     }
-
-
-def _write(file: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    descriptor, beside = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(beside).chmod(0o644)
-        Path(beside).replace(file)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

@@ -2,11 +2,12 @@
 
 A block is a file: so many tokens of all layers, named by a hash over the model, the kind, and all tokens up to its
 end. So a longer conversation writes only what is new, and no file is ever changed. Which prompts are worth it is for
-`prefixes` to say. Nothing here is an error to a request: what cannot be read is not there, what cannot be written is
-left out, counted and told to `on_warning`."""
+`prefixes` to say. A folder that cannot be used is refused at once. Nothing that goes wrong later is an error to a
+request: what cannot be read is not there, what cannot be written is left out, counted and told to `on_warning`."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,6 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .frozen import CLASSES, DTYPES, Form, Frozen, Kind, Views
+from .request import EngineError
 
 # What is left over at the end of a prompt is read again, half a block on average, and that takes longer than all else:
 # of the time to read 2,000 tokens, 2 % here, 6 % with 128, 18 % with 256. A file is 8 MB for 8x7B in float16.
@@ -62,7 +64,8 @@ class Statistics:
 class Blocks:
     """Blocks of one model in `folder`, which takes at most `most_bytes` with what others have written there.
 
-    `model` says what computed the keys and values: see `fingerprint`. Several processes may share a folder."""
+    `model` says what computed the keys and values: see `fingerprint`. Several processes may share a folder. Raises
+    `EngineError` where the folder cannot be used."""
 
     def __init__(
         self, folder: Path, most_bytes: int, model: str, *, on_warning: Callable[[str], None] | None = None
@@ -81,8 +84,14 @@ class Blocks:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._remove_abandoned()
             self._make_room(0, keep=())
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
-            self._warn("cannot be used", error)
+            raise EngineError(
+                f"The cache_dir {folder} cannot be used: {error.strerror}.",
+                code="bad_cache_dir",
+                hint="Give a folder that can be written to, or one that can be made.",
+            ) from None
 
     def available(self, kind: Kind, tokens: Sequence[int]) -> int:
         """How many of the first `tokens` seem to be here."""

@@ -119,7 +119,7 @@ class Engine:
     Everything may be called from any thread. The model lives on a thread of its own."""
 
     def __init__(
-        self, name: str, folder: Path, loading: Loading, limits: Limits, cache_dir: Path | None, cache_bytes: int
+        self, name: str, folder: Path, loading: Loading, limits: Limits, open_disk: Callable[[str], Blocks] | None
     ) -> None:
         checkpoint = Checkpoint.open(folder)  # Says at once what is wrong with a folder.
         self.name = name
@@ -132,11 +132,7 @@ class Engine:
         self._passes = PassSeconds(self.config.num_local_experts, self.config.num_experts_per_tok)
         tokenizer, config = self.tokenizer, self.config
         self._compiler = Compiler(lambda: Vocabulary(tokenizer, config.vocab_size, config.eos_token_ids))
-        self._disk = (
-            Blocks(cache_dir, cache_bytes, fingerprint(folder, f"{loading.dtype} {checkpoint.dtype}"))
-            if cache_dir
-            else None
-        )
+        self._disk = open_disk(fingerprint(folder, f"{loading.dtype} {checkpoint.dtype}")) if open_disk else None
         self._prefixes = Prefixes(0, self._disk)
         self._draft = (
             DraftFolder.open(loading.draft, loading.dtype, self.tokenizer, self.config.vocab_size)
@@ -462,6 +458,7 @@ def load(
     progress: Progress | None = None,
     fetching: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    on_warning: Callable[[str], None] | None = None,
     share: Share | None = None,
 ) -> Engine:
     """A model ready to answer: a folder, a repository on Hugging Face, or the demo model for None.
@@ -474,8 +471,9 @@ def load(
     `cache_dir` over restarts, up to `cache_size`. An idle model is let go of after `idle_unload_s` and comes back with
     the next request. While weights are read, `progress` is called with bytes done and in all, on the engine's thread,
     and so is `fetching`, on a thread of its own, while what a repository has is brought here; left out, `progress` is
-    told of that, too. `cancelled` is asked whether to give up; what was fetched by then is kept, and gone on with. A
-    `share` is the part of the model that this machine has of it, where several work together. Raises `MixtralError`."""
+    told of that, too. `cancelled` is asked whether to give up; what was fetched by then is kept, and gone on with.
+    `on_warning` is told, on any thread, what went wrong with `cache_dir` and is no error to a request. A `share` is the
+    part of the model that this machine has of it, where several work together. Raises `MixtralError`."""
     _check_limits(max_concurrent, max_queue, idle_unload_s)
     for what, given in (("An adapter", adapter), ("A cache_dir", cache_dir), ("A draft", draft)):
         if share and given:
@@ -486,9 +484,11 @@ def load(
         dtype, _size(memory), context, kv_bits, _size(prefix_memory), progress, cancelled or _never, beside, share
     )
     limits = Limits(max_concurrent, max_queue, idle_unload_s, deterministic)
-    folder = Path(cache_dir).expanduser() if cache_dir is not None else None
+    disk = None
+    if cache_dir is not None:
+        disk = partial(Blocks, Path(cache_dir).expanduser(), _size(cache_size), on_warning=on_warning)
     name = "demo" if model is None else str(model)
-    engine = Engine(name, here(model), loading, limits, folder, _size(cache_size))
+    engine = Engine(name, here(model), loading, limits, disk)
     try:
         engine.load()
         if adapter is not None:

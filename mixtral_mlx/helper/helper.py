@@ -477,6 +477,7 @@ class _Load:
             progress=partial(self._progress, "loading"),
             fetching=partial(self._progress, "fetching"),
             cancelled=lambda: self.is_cancelled,
+            on_warning=_log.warning,
         )
         # The first conversation to be encoded takes a second: better now than when somebody waits for an answer.
         engine.tokenizer.encode_chat([Message("user", "Hello")])

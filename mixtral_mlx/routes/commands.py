@@ -14,7 +14,8 @@ from ..config import MixtralError
 from ..opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
 from ..prompt import Message
 from ..session import mlx_failures
-from ..terminal import Bar, CtrlC
+from ..terminal import Answer, Bar, CtrlC
+from ..writing import write_whole
 from .report import Report, Token, table
 
 if TYPE_CHECKING:
@@ -39,15 +40,6 @@ class Request:
     output: Path | None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the command answers: `text` for people, `objects` for programs, and whether Ctrl-C cut it short."""
-
-    text: str
-    objects: list[dict[str, Any]]
-    interrupted: bool = False
-
-
 def routes(request: Request) -> Answer:
     """Run `routes`; the first Ctrl-C ends the answer, and what there is of it is shown."""
     if request.output:
@@ -55,7 +47,7 @@ def routes(request: Request) -> Answer:
     with wired(request.choice):
         report = _run(request, open_model(request.choice))
     if request.output:
-        write_whole(request.output, drawn(report, request.output.suffix.lower()))
+        write(request.output, drawn(report, request.output.suffix.lower()))
     text = _text(report, request.output)
     return Answer(text, [report.to_dict()], report.finish_reason == "cancelled")
 
@@ -167,15 +159,9 @@ def check_writable(path: Path) -> None:
         raise RoutesError(f"{path} {found}, expected a file to write.", code="write_failed")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all; raises `RoutesError`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def write(path: Path, data: bytes) -> None:
+    """Write a picture, whole or not at all; raises `RoutesError`."""
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
+        write_whole(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RoutesError(f"{path} cannot be written: {error.strerror}.", code="write_failed") from None

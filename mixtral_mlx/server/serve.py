@@ -59,7 +59,7 @@ def serve(request: Request) -> int:
     model, log = Model(), Log(quiet=quiet)
     server = Server(create_app(model, request.settings, log), request.settings)
     where = url(sockets[0], request.settings)
-    loading = _Loading(request, model, server, lambda engine: _say_ready(engine, where))
+    loading = _Loading(request, model, server, log, lambda engine: _say_ready(engine, where))
     try:
         with server.signals():
             if not quiet:
@@ -149,10 +149,13 @@ class Server(uvicorn.Server):
 class _Loading:
     """Loads the model on a thread of its own, so that the server can answer meanwhile."""
 
-    def __init__(self, request: Request, model: Model, server: Server, on_ready: Callable[[Engine], None]) -> None:
+    def __init__(
+        self, request: Request, model: Model, server: Server, log: Log, on_ready: Callable[[Engine], None]
+    ) -> None:
         self._request = request
         self._model = model
         self._server = server
+        self._log = log
         self._on_ready = on_ready
         self._error: MixtralError | None = None
         self._done = threading.Event()
@@ -194,6 +197,7 @@ class _Loading:
                     progress=progress,
                     fetching=fetched,
                     cancelled=lambda: self._server.should_exit,
+                    on_warning=self._log.complain,
                     share=choice.share,
                     **self._request.engine,
                 )
