@@ -717,6 +717,19 @@ def test_taking_back_what_another_tab_went_on_from_keeps_both(visit: Callable[..
     assert other.texts == ["Edited", "Reply 2.", "Went on", "Reply 3."]
 
 
+@pytest.mark.browser
+def test_the_focus_in_the_list_stays_on_its_conversation_when_another_tab_moves_it(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.ask("First")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    other = visit(beside=one)
+    one.button("Delete First").focus()
+    other.button("New conversation").last.click()
+    other.ask("Second")
+    expect(names(one)).to_have_text(["Second", "First"])
+    expect(one.button("Delete First")).to_be_focused()
+
+
 def names(tab: Visit) -> Locator:
     return tab.page.locator("#conversations .open")
 

@@ -64,9 +64,12 @@ function drawList() {
       remove: () => remove(conversation),
     }),
   );
-  const focused = [...byId("conversations").querySelectorAll("button")].indexOf(document.activeElement);
-  byId("conversations").replaceChildren(...rows);
-  if (focused >= 0) byId("conversations").querySelectorAll("button")[focused]?.focus();
+  const list = byId("conversations");
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const id = focused?.closest("li").dataset.id;
+  list.replaceChildren(...rows);
+  // Rows move when another tab keeps something; the focus goes with its own.
+  rows.find((row) => row.dataset.id === id)?.querySelector(`.${focused?.classList[0]}`)?.focus();
   byId("export-all").disabled = conversations.length === 0;
 }
 
