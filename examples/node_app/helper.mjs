@@ -35,7 +35,8 @@ export class Lines {
 
 /**
  * The helper and who watches it. Emits `state` ("starting", "running", "waiting", "stopped", "failed") and `log` with
- * lines of its stderr; with messages that nobody asked for `loading`, `model` (ready, or let go of) and `refused`.
+ * lines of its stderr, and of its stdout if they are no messages; with what nobody asked for `loading`, `model` (ready, or
+ * let go of) and `refused`.
  */
 export class Helper extends EventEmitter {
   #options;
@@ -137,7 +138,7 @@ export class Helper extends EventEmitter {
     const lines = new Lines();
     const log = new Lines();
     child.stdout.on("data", (chunk) => {
-      for (const line of lines.add(chunk)) this.#take(JSON.parse(line), first);
+      for (const line of lines.add(chunk)) this.#hear(line, first);
     });
     // Who does not read a child's stderr stops the child, sooner or later.
     child.stderr.on("data", (chunk) => log.add(chunk).forEach((line) => this.emit("log", line)));
@@ -146,6 +147,12 @@ export class Helper extends EventEmitter {
       if (child.pid === undefined) this.#ended({ child, began, first, error });
     });
     child.on("close", (code, signal) => this.#ended({ child, began, first, code, signal }));
+  }
+
+  #hear(line, first) {
+    const message = asMessage(line);
+    if (message) this.#take(message, first);
+    else this.emit("log", line); // Something between us and the helper has printed it, a wrapper say.
   }
 
   #take(message, first) {
@@ -241,6 +248,16 @@ export class Helper extends EventEmitter {
   #forget(asked, ended) {
     if (ended) this.#pending.delete(asked.id);
     else if (this.#pending.has(asked.id)) asked.drain(() => this.#pending.delete(asked.id));
+  }
+}
+
+/** The message that a line is; null if it is none. */
+function asMessage(line) {
+  try {
+    const message = JSON.parse(line);
+    return typeof message?.type === "string" ? message : null;
+  } catch {
+    return null;
   }
 }
 

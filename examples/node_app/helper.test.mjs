@@ -8,6 +8,7 @@ import { backoff, Helper, HelperError, Lines } from "./helper.mjs";
 const command = JSON.parse(process.env.HELPER_COMMAND ?? '["mixtral-mlx", "helper"]');
 const HELLO = [{ role: "user", content: "Hello" }];
 const ENDLESS = { messages: HELLO, min_tokens: 900, max_tokens: 900 };
+const HELLO_1 = { type: "hello", protocol: 1, version: "0", pid: 0 };
 const running = [];
 
 async function started(options = {}) {
@@ -16,6 +17,12 @@ async function started(options = {}) {
   await helper.start();
   return helper;
 }
+
+/** A helper that says only this, a message or a line each, and stays until its stdin ends. */
+const saying = (...lines) => {
+  const said = lines.map((line) => (typeof line === "string" ? line : JSON.stringify(line)) + "\n").join("");
+  return [process.execPath, "-e", `process.stdout.write(${JSON.stringify(said)}); process.stdin.resume()`, "--"];
+};
 
 after(() => Promise.all(running.map((helper) => helper.stop())));
 
@@ -120,6 +127,17 @@ test("a helper that cannot start is given up", async () => {
   const wrong = new Helper({ command, args: ["--no-such-option"] });
   await assert.rejects(wrong.start(), /exit code 2/);
   assert.equal(wrong.state, "failed");
+});
+
+test("a line that is no message is a line of the log", async () => {
+  const noise = ["a wrapper says hello", "null", "17", "{"];
+  const helper = new Helper({ command: saying(...noise, HELLO_1) });
+  const log = [];
+  helper.on("log", (line) => log.push(line));
+  await helper.start();
+  assert.deepEqual(log, noise);
+  assert.equal(helper.state, "running");
+  await helper.stop();
 });
 
 test("stop leaves no process, whatever it is doing", async () => {
