@@ -7,6 +7,8 @@ import { EventEmitter } from "node:events";
 
 const PROTOCOL = 1;
 const ENDS = new Set(["ready", "done", "ok", "stats", "error"]);
+// What nobody asked for is emitted under these names; types that are not here may come with a newer helper.
+const UNASKED = new Map([["loading", "loading"], ["ready", "model"], ["state", "model"], ["error", "refused"]]);
 const STOP_WITHIN_MS = 4000; // The helper promises three seconds.
 const STEADY_MS = 60_000; // Who has lived so long starts anew with the shortest wait.
 
@@ -159,9 +161,8 @@ export class Helper extends EventEmitter {
     if (message.type === "hello") return this.#greeted(message, first);
     const asked = this.#pending.get(message.id);
     if (asked) return asked.put(message);
-    if (message.id === undefined && message.type !== "bye") {
-      this.emit({ loading: "loading", error: "refused" }[message.type] ?? "model", message);
-    }
+    const name = UNASKED.get(message.type);
+    if (message.id === undefined && name) this.emit(name, message);
   }
 
   #greeted(message, first) {

@@ -140,6 +140,25 @@ test("a line that is no message is a line of the log", async () => {
   await helper.stop();
 });
 
+test("a message of a type that is not known is ignored, and the others are told apart", async () => {
+  const unasked = [
+    { type: "news" },
+    { type: "constructor" },
+    { type: "state", state: "unloaded" },
+    { type: "loading", model: "demo", done_bytes: 1, total_bytes: 2 },
+    { type: "ready", model: "demo" },
+    { type: "error", code: "no_id", message: "?", retryable: false },
+  ];
+  const helper = new Helper({ command: saying(HELLO_1, ...unasked) });
+  const told = [];
+  for (const name of ["model", "loading"]) helper.on(name, (message) => told.push([name, message.type]));
+  const refused = new Promise((resolve) => helper.on("refused", resolve));
+  await helper.start();
+  assert.equal((await refused).code, "no_id");
+  assert.deepEqual(told, [["model", "state"], ["loading", "loading"], ["model", "ready"]]);
+  await helper.stop();
+});
+
 test("stop leaves no process, whatever it is doing", async () => {
   const helper = await started();
   await helper.load("demo");
