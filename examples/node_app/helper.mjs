@@ -38,7 +38,7 @@ export class Lines {
 /**
  * The helper and who watches it. Emits `state` ("starting", "running", "waiting", "stopped", "failed") and `log` with
  * lines of its stderr, and of its stdout if they are no messages; with what nobody asked for `loading`, `model` (ready, or
- * let go of) and `refused`.
+ * let go of) and `refused` (a line, or after a restart the model or the helper itself).
  */
 export class Helper extends EventEmitter {
   #options;
@@ -166,14 +166,7 @@ export class Helper extends EventEmitter {
   }
 
   #greeted(message, first) {
-    if (message.protocol !== PROTOCOL) {
-      this.#stopping = true;
-      this.#child.kill("SIGTERM");
-      first?.reject(
-        new HelperError({ code: "protocol", message: `The helper speaks protocol ${message.protocol}, not ${PROTOCOL}.` }),
-      );
-      return;
-    }
+    if (message.protocol !== PROTOCOL) return this.#giveUp(message.protocol, first);
     this.hello = message;
     this.#be("running");
     first?.resolve(message);
@@ -183,6 +176,19 @@ export class Helper extends EventEmitter {
         (error) => this.emit("refused", error),
       );
     }
+  }
+
+  #giveUp(protocol, first) {
+    this.#stopping = true;
+    this.#child.kill("SIGTERM");
+    const error = new HelperError({
+      code: "protocol",
+      message: `The helper speaks protocol ${protocol}, not ${PROTOCOL}.`,
+      hint: "Let the app and mixtral-mlx be of versions that belong together.",
+    });
+    this.#be("failed");
+    if (first) first.reject(error);
+    else this.emit("refused", error);
   }
 
   #ended({ child, began, first, code, signal, error }) {
@@ -227,7 +233,7 @@ export class Helper extends EventEmitter {
 
   #send(message) {
     const stdin = this.#child?.stdin;
-    if (!stdin?.writable || this.state === "stopped") return false;
+    if (!stdin?.writable || this.state === "stopped" || this.state === "failed") return false;
     stdin.write(JSON.stringify(message) + "\n");
     return true;
   }

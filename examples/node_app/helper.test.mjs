@@ -1,6 +1,9 @@
 // What the example promises, with the real helper: node --test
 
 import assert from "node:assert/strict";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import path from "node:path";
 import { after, test } from "node:test";
 
 import { backoff, Helper, HelperError, Lines } from "./helper.mjs";
@@ -157,6 +160,28 @@ test("a message of a type that is not known is ignored, and the others are told 
   assert.equal((await refused).code, "no_id");
   assert.deepEqual(told, [["model", "state"], ["loading", "loading"], ["model", "ready"]]);
   await helper.stop();
+});
+
+test("a helper of another protocol is given up, also when it comes after a restart", async () => {
+  const other = saying({ ...HELLO_1, protocol: 2 });
+  const first = new Helper({ command: other });
+  await assert.rejects(first.start(), { code: "protocol" });
+  assert.equal(first.state, "failed");
+  await first.stop();
+
+  const folder = await mkdtemp(path.join(tmpdir(), "helper-"));
+  const script = path.join(folder, "helper.mjs");
+  const says = (protocol) => writeFile(script, saying({ ...HELLO_1, protocol })[2]);
+  await says(1);
+  const second = new Helper({ command: [process.execPath, script], wait: () => 1 });
+  await second.start();
+  await says(2); // An update, say.
+  const [failed, refused] = [state(second, "failed"), new Promise((resolve) => second.on("refused", resolve))];
+  process.kill(second.pid, "SIGKILL");
+  assert.equal((await refused).code, "protocol");
+  await failed;
+  await second.stop();
+  await rm(folder, { recursive: true });
 });
 
 test("stop leaves no process, whatever it is doing", async () => {
