@@ -37,7 +37,7 @@ def passed(*files: Path, **environment: str) -> int:
 
 def test_the_example_app_starts_supervises_and_streams_from_the_helper() -> None:
     file = ROOT / "examples" / "node_app" / "helper.test.mjs"
-    assert passed(file, HELPER_COMMAND=json.dumps(HELPER)) == 11
+    assert passed(file, HELPER_COMMAND=json.dumps(HELPER)) == 12
 
 
 def test_the_example_answers_from_the_command_line(tmp_path: Path) -> None:

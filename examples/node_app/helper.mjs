@@ -61,9 +61,11 @@ export class Helper extends EventEmitter {
     return this.#child?.pid;
   }
 
-  /** Start it; resolves with its first line. Rejects where it cannot even start. */
-  start() {
+  /** Start it, if it does not run; resolves with its first line. Rejects where it cannot even start. */
+  async start() {
+    if (this.state === "running") return this.hello;
     this.#stopping = false;
+    clearTimeout(this.#restart);
     return new Promise((resolve, reject) => this.#spawn({ resolve, reject }));
   }
 

@@ -184,6 +184,14 @@ test("a helper of another protocol is given up, also when it comes after a resta
   await rm(folder, { recursive: true });
 });
 
+test("to start what runs starts nothing more", async () => {
+  const helper = await started();
+  const { pid } = helper;
+  assert.equal((await helper.start()).pid, pid);
+  assert.equal(helper.pid, pid);
+  await helper.stop();
+});
+
 test("stop leaves no process, whatever it is doing", async () => {
   const helper = await started();
   await helper.load("demo");
