@@ -22,7 +22,7 @@ from .test_helper import started
 ROOT = Path(__file__).parent.parent
 PACKAGES = Path(os.environ.get("NODE_PACKAGES", ROOT / ".venv" / "node"))
 REAL = [sys.executable, "-m", "mixtral_mlx"]
-ENDLESS = ["node", ROOT / "tests" / "node" / "endless_helper.mjs"]
+ENDLESS = ["node", str(ROOT / "tests" / "node" / "endless_helper.mjs")]
 
 pytestmark = pytest.mark.node
 
@@ -73,7 +73,8 @@ def test_the_example_answers_from_the_command_line(tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_ends_the_example_as_it_should(tmp_path: Path) -> None:
     asked = question(program(tmp_path, *ENDLESS))
-    assert asked.stdout and asked.stdout.read(4) == "Once"
+    assert asked.stdout
+    assert asked.stdout.read(4) == "Once"
     os.killpg(asked.pid, signal.SIGINT)
     log = asked.communicate()[1]
     assert asked.returncode == 0, log
@@ -82,9 +83,11 @@ def test_ctrl_c_stops_the_answer_and_ends_the_example_as_it_should(tmp_path: Pat
 
 def test_a_second_ctrl_c_ends_the_example_at_once(tmp_path: Path) -> None:
     asked = question(program(tmp_path, *ENDLESS), DEAF="1")
-    assert asked.stdout and asked.stdout.read(4) == "Once"
+    assert asked.stdout
+    assert asked.stdout.read(4) == "Once"
     os.killpg(asked.pid, signal.SIGINT)
-    assert asked.stderr and "helper: asked to cancel\n" in iter(asked.stderr.readline, "")
+    assert asked.stderr
+    assert "helper: asked to cancel\n" in iter(asked.stderr.readline, "")
     os.killpg(asked.pid, signal.SIGINT)
     # Its end is also that of the helper, which holds these pipes as well.
     assert "Error" not in asked.communicate()[1]

@@ -14,7 +14,7 @@ import pytest
 
 from mixtral_mlx import page as the_page
 
-from .chromium import MISSING, chromium
+from .chromium import expect
 from .hostile_replies import HOSTILE
 from .page_server import Comment, Failure, Hold, PageServer, Play, page_server
 
@@ -23,19 +23,6 @@ if TYPE_CHECKING:
 
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 LOOKS = [(scheme, width) for scheme in ("light", "dark") for width in (320, 1440)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="`make test-page` installs it")
-    sync_api.expect.set_options(timeout=10_000)
-    with sync_api.sync_playwright() as playwright:
-        program = chromium() or pytest.fail(MISSING)
-        # Root, as in a container, has no sandbox.
-        sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -117,12 +104,6 @@ def visit(browser: Browser, server: PageServer) -> Iterator[Callable[..., Visit]
     for context in contexts:
         context.close()
     assert complaints == []
-
-
-def expect(what: Locator | Page) -> Any:
-    from playwright.sync_api import expect
-
-    return expect(what)
 
 
 # What can be said of the files without a browser.
