@@ -1,0 +1,94 @@
+"""The Electron example without Electron: its main process with a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .test_node import ENDLESS, REAL, ROOT, program
+
+APP = ROOT / "examples" / "node_app"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@dataclass
+class Window:
+    """What the page would send and be sent."""
+
+    process: subprocess.Popen[str]
+
+    def send(self, *what: Any) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(what) + "\n")
+        self.process.stdin.flush()
+
+    def until(self, wanted: Callable[[list[Any]], bool]) -> list[Any]:
+        """The first of what it is sent that is wanted."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if wanted(what := json.loads(line)):
+                return list(what)
+        raise AssertionError(f"the app has ended: {self.process.communicate()}")
+
+    def state(self, name: str) -> None:
+        """Wait for a state."""
+        self.until(lambda what: what[:2] == ["state", name])
+
+    def close(self) -> None:
+        """Close it; the app ends without a word of complaint."""
+        self.send("close")
+        _, complaints = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, complaints
+        assert "Error" not in complaints
+
+
+@pytest.fixture
+def window(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    folder = tmp_path / "app"
+    shutil.copytree(APP, folder, ignore=shutil.ignore_patterns("node_modules"))
+    electron = folder / "node_modules" / "electron"
+    electron.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "node" / "electron.mjs", electron)
+    (electron / "package.json").write_text('{"name": "electron", "exports": "./electron.mjs"}')
+    opened: list[subprocess.Popen[str]] = []
+
+    def open_window(**environment: str | Path) -> Window:
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = ["node", str(folder / "electron" / "main.mjs")]
+        environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+        opened.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        return Window(opened[-1])
+
+    yield open_window
+    for process in opened:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.node
+def test_the_page_hears_of_the_model_and_gets_its_answer(window: Callable[..., Window], tmp_path: Path) -> None:
+    app = window(MIXTRAL_MLX=program(tmp_path, *REAL), MODEL="demo")
+    app.state("ready")
+    app.send("chat", 1, HELLO)
+    done = app.until(lambda what: what[0] == "message" and what[1]["type"] == "done")
+    assert done[1]["id"] == 1
+    app.close()
+
+
+@pytest.mark.node
+def test_a_window_that_is_closed_while_an_answer_comes_is_sent_nothing_more(
+    window: Callable[..., Window], tmp_path: Path
+) -> None:
+    app = window(MIXTRAL_MLX=program(tmp_path, *ENDLESS))
+    app.state("ready")
+    app.send("chat", 1, HELLO)
+    app.until(lambda what: what[0] == "message" and what[1]["type"] == "text")
+    app.close()
