@@ -1,4 +1,4 @@
-"""The Electron example without Electron: its main process with a stand-in."""
+"""The Electron example without Electron: its main process with a stand-in, its page in a Chromium."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .chromium import expect
 from .test_node import ENDLESS, REAL, ROOT, program
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 APP = ROOT / "examples" / "node_app"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -41,6 +45,10 @@ class Window:
     def state(self, name: str) -> None:
         """Wait for a state."""
         self.until(lambda what: what[:2] == ["state", name])
+
+    def failure(self) -> str:
+        """What the state line says of a failure."""
+        return str(self.until(lambda what: what[:2] == ["state", "failed"] and len(what) > 2)[2])
 
     def close(self) -> None:
         """Close it; the app ends without a word of complaint."""
@@ -84,6 +92,28 @@ def test_the_page_hears_of_the_model_and_gets_its_answer(window: Callable[..., W
 
 
 @pytest.mark.node
+def test_a_helper_that_cannot_start_is_said_to_and_can_be_tried_again(
+    window: Callable[..., Window], tmp_path: Path
+) -> None:
+    app = window(MIXTRAL_MLX=tmp_path / "mixtral-mlx")
+    assert "ENOENT" in app.failure()
+    program(tmp_path, *ENDLESS)
+    app.send("begin")
+    app.state("ready")
+    app.close()
+
+
+@pytest.mark.node
+def test_a_model_that_cannot_be_loaded_is_said_with_what_to_do(window: Callable[..., Window], tmp_path: Path) -> None:
+    app = window(MIXTRAL_MLX=program(tmp_path, *REAL), MODEL=tmp_path / "nowhere")
+    said = app.failure()
+    assert str(tmp_path / "nowhere") in said
+    app.send("begin")
+    assert app.failure() == said
+    app.close()
+
+
+@pytest.mark.node
 def test_a_window_that_is_closed_while_an_answer_comes_is_sent_nothing_more(
     window: Callable[..., Window], tmp_path: Path
 ) -> None:
@@ -92,3 +122,30 @@ def test_a_window_that_is_closed_while_an_answer_comes_is_sent_nothing_more(
     app.send("chat", 1, HELLO)
     app.until(lambda what: what[0] == "message" and what[1]["type"] == "text")
     app.close()
+
+
+@pytest.mark.browser
+def test_the_page_lets_ask_only_what_can_be_answered(browser: Browser) -> None:
+    page = browser.new_page()
+    page.add_init_script(
+        """window.sent = []; window.mixtral = {
+          begin: () => sent.push("begin"), chat: (id) => sent.push(id), stop: () => sent.push("stop"),
+          onState: (heard) => (window.state = heard), onMessage: (heard) => (window.message = heard) };"""
+    )
+    page.goto((APP / "electron" / "index.html").as_uri())
+    send, again = page.get_by_role("button", name="Send"), page.get_by_role("button", name="Try again")
+    page.evaluate("state('failed', 'There is no model. Convert one.')")
+    expect(page.get_by_role("status")).to_have_text("failed: There is no model. Convert one.")
+    expect(send).to_be_disabled()
+    again.click()
+    page.evaluate("state('ready')")
+    expect(again).to_be_hidden()
+    page.get_by_label("Message").fill("Hello")
+    send.click()
+    page.evaluate("state('waiting')")  # The helper has died, and with it the answer.
+    page.evaluate("message({type: 'error', id: 1, message: 'The helper has ended.'})")
+    expect(send).to_be_disabled()
+    page.evaluate("state('unloaded')")
+    expect(send).to_be_enabled()
+    assert page.evaluate("sent") == ["begin", 1]
+    page.close()

@@ -23,13 +23,13 @@ app.whenReady().then(async () => {
   });
   helper.on("state", (state) => send("state", state));
   helper.on("model", ({ type, state }) => send("state", type === "ready" ? "ready" : state));
+  helper.on("refused", failed);
   helper.on("log", (line) => console.error(line));
   await window.loadFile(path.join(here, "index.html"));
-  await helper.start();
-  await helper.load(process.env.MODEL ?? "demo", { onProgress: (message) => send("message", message) });
-  send("state", "ready");
+  await begin();
 });
 
+ipcMain.on("begin", begin);
 ipcMain.on("chat", async (_, id, messages) => {
   const stop = new AbortController();
   answers.set(id, stop);
@@ -44,6 +44,20 @@ ipcMain.on("chat", async (_, id, messages) => {
   }
 });
 ipcMain.on("stop", (_, id) => answers.get(id)?.abort());
+
+async function begin() {
+  try {
+    await helper.start();
+    await helper.load(process.env.MODEL ?? "demo", { onProgress: (message) => send("message", message) });
+    send("state", "ready");
+  } catch (error) {
+    failed(error);
+  }
+}
+
+function failed({ message, hint = "" }) {
+  send("state", "failed", `${message} ${hint}`.trim());
+}
 
 // A window that has been closed takes nothing more, while answers still come.
 function send(channel, ...what) {
