@@ -124,6 +124,20 @@ def test_a_window_that_is_closed_while_an_answer_comes_is_sent_nothing_more(
     app.close()
 
 
+@pytest.mark.node
+def test_a_packaged_app_starts_its_own_python_and_has_it_write_nothing(
+    window: Callable[..., Window], tmp_path: Path
+) -> None:
+    python = tmp_path / "python" / "bin" / "python3"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >&2\nexit 2\n')
+    python.chmod(0o755)
+    app = window(RESOURCES=tmp_path)
+    assert "exit code 2" in app.failure()
+    log = app.process.communicate('["close"]\n')[1]
+    assert log.startswith("-I -B -m mixtral_mlx helper --parent-pid ")
+
+
 @pytest.mark.browser
 def test_the_page_lets_ask_only_what_can_be_answered(browser: Browser) -> None:
     page = browser.new_page()

@@ -11,7 +11,7 @@ import { Helper } from "../helper.mjs";
 const here = path.dirname(fileURLToPath(import.meta.url));
 // In a packaged app the Python that mixtral-mlx is installed in lies in Resources; see docs/EMBEDDING.md.
 const command = app.isPackaged
-  ? [path.join(process.resourcesPath, "python", "bin", "python3"), "-I", "-m", "mixtral_mlx", "helper"]
+  ? [path.join(process.resourcesPath, "python", "bin", "python3"), "-I", "-B", "-m", "mixtral_mlx", "helper"]
   : [process.env.MIXTRAL_MLX ?? "mixtral-mlx", "helper"];
 const helper = new Helper({ command });
 const answers = new Map(); // id of the page's -> what stops it
