@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv; nothing else on the machine is touched.
 #   make chat    talk to the built-in demo model (MODEL=folder for a real one)
 #   make test    run the tests
-#   make test-page   try the page in a Chromium (SCREENSHOTS=folder keeps pictures)
+#   make test-page   try the pages in a Chromium (SCREENSHOTS=folder keeps pictures)
 #   make test-node   run those that need Node.js and packages of npm's
 #   make check   format, lint, types, tests
 #   make fix     format, and mend what the linter can
@@ -24,7 +24,7 @@ test-long: .venv/ready-dev
 
 test-page: .venv/ready-page
 	@$(BIN)/python -m tests.chromium
-	@$(BIN)/python -m pytest -n auto -m browser tests/test_page.py $(ARGS)
+	@$(BIN)/python -m pytest -n auto -m browser tests/test_page.py tests/test_electron.py $(ARGS)
 
 test-node: .venv/ready-dev .venv/node/ready
 	@$(BIN)/python -m pytest -m "node and not long" $(ARGS)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +21,8 @@ from .test_helper import started
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = Path(os.environ.get("NODE_PACKAGES", ROOT / ".venv" / "node"))
-HELPER = [sys.executable, "-m", "mixtral_mlx", "helper"]
+REAL = [sys.executable, "-m", "mixtral_mlx"]
+ENDLESS = ["node", str(ROOT / "tests" / "node" / "endless_helper.mjs")]
 
 pytestmark = pytest.mark.node
 
@@ -37,22 +40,58 @@ def passed(*files: Path, **environment: str) -> int:
 
 def test_the_example_app_starts_supervises_and_streams_from_the_helper() -> None:
     file = ROOT / "examples" / "node_app" / "helper.test.mjs"
-    assert passed(file, HELPER_COMMAND=json.dumps(HELPER)) == 8
+    assert passed(file, HELPER_COMMAND=json.dumps([*REAL, "helper"])) == 12
+
+
+def program(folder: Path, *command: str | Path) -> Path:
+    """A `mixtral-mlx` in this folder that is really this command."""
+    path = folder / "mixtral-mlx"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, command))} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def question(helper: Path, **environment: str) -> subprocess.Popen[str]:
+    """The example that asks one question, in a process group of its own, as a terminal has it."""
+    return subprocess.Popen(
+        ["node", str(ROOT / "examples" / "node_app" / "main.mjs"), "Hello"],
+        env={**os.environ, "MIXTRAL_MLX": str(helper), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def test_the_example_answers_from_the_command_line(tmp_path: Path) -> None:
-    program = tmp_path / "mixtral-mlx"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mixtral_mlx "$@"\n')
-    program.chmod(0o755)
-    answer = subprocess.run(
-        ["node", str(ROOT / "examples" / "node_app" / "main.mjs"), "Hello"],
-        env={**os.environ, "MIXTRAL_MLX": str(program), "MODEL": "demo"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert answer.stdout.strip()
-    assert re.search(r"\[\d+ tokens\]", answer.stderr)
+    asked = question(program(tmp_path, *REAL), MODEL="demo")
+    answer, log = asked.communicate()
+    assert asked.returncode == 0, log
+    assert answer.strip()
+    assert re.search(r"\[\d+ tokens\]", log)
+
+
+def test_ctrl_c_stops_the_answer_and_ends_the_example_as_it_should(tmp_path: Path) -> None:
+    asked = question(program(tmp_path, *ENDLESS))
+    assert asked.stdout
+    assert asked.stdout.read(4) == "Once"
+    os.killpg(asked.pid, signal.SIGINT)
+    log = asked.communicate()[1]
+    assert asked.returncode == 0, log
+    assert "[1 tokens]" in log
+
+
+def test_a_second_ctrl_c_ends_the_example_at_once(tmp_path: Path) -> None:
+    asked = question(program(tmp_path, *ENDLESS), DEAF="1")
+    assert asked.stdout
+    assert asked.stdout.read(4) == "Once"
+    os.killpg(asked.pid, signal.SIGINT)
+    assert asked.stderr
+    assert "helper: asked to cancel\n" in iter(asked.stderr.readline, "")
+    os.killpg(asked.pid, signal.SIGINT)
+    # Its end is also that of the helper, which holds these pipes as well.
+    assert "Error" not in asked.communicate()[1]
+    assert asked.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize(

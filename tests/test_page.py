@@ -14,7 +14,7 @@ import pytest
 
 from mixtral_mlx import page as the_page
 
-from .chromium import MISSING, chromium
+from .chromium import expect
 from .hostile_replies import HOSTILE
 from .page_server import Comment, Failure, Hold, PageServer, Play, page_server
 
@@ -23,19 +23,6 @@ if TYPE_CHECKING:
 
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 LOOKS = [(scheme, width) for scheme in ("light", "dark") for width in (320, 1440)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="`make test-page` installs it")
-    sync_api.expect.set_options(timeout=10_000)
-    with sync_api.sync_playwright() as playwright:
-        program = chromium() or pytest.fail(MISSING)
-        # Root, as in a container, has no sandbox.
-        sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -117,12 +104,6 @@ def visit(browser: Browser, server: PageServer) -> Iterator[Callable[..., Visit]
     for context in contexts:
         context.close()
     assert complaints == []
-
-
-def expect(what: Locator | Page) -> Any:
-    from playwright.sync_api import expect
-
-    return expect(what)
 
 
 # What can be said of the files without a browser.
@@ -585,6 +566,164 @@ def test_what_one_tab_keeps_another_shows(visit: Callable[..., Visit]) -> None:
     expect(one.replies.locator(".numbers")).to_be_visible()
     other.page.locator("#conversations .open").click()
     expect(other.replies.locator(".body")).to_have_text("Reply 1.")
+
+
+@pytest.mark.browser
+def test_what_another_tab_keeps_while_a_reply_runs_here_is_shown_at_once_and_not_lost(
+    server: PageServer, visit: Callable[..., Visit]
+) -> None:
+    one, hold = visit(), Hold()
+    one.ask("Old")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    other = visit(beside=one)
+    server.plays.append(Play(["begun", hold]))
+    one.button("New conversation").last.click()
+    one.ask("Slow")
+    expect(one.replies.locator(".body")).to_have_text("begun")
+    other.ask("Said beside it")
+    expect(other.replies.nth(1).locator(".numbers")).to_be_visible()
+    expect(names(one)).to_have_text(["Old", "Slow, answering"])
+    one.page.locator("#conversations .open", has_text="Old").click()
+    expect(one.replies.nth(1).locator(".numbers")).to_be_visible()
+    hold.released.set()
+    one.ask("Said after it")
+    expect(one.replies.nth(2).locator(".numbers")).to_be_visible()
+    assert said(kept(one, "Old")) == ["Old", "Said beside it", "Said after it"]
+    assert kept(one, "Slow")[1]["content"] == "begun"
+
+
+@pytest.mark.browser
+def test_an_open_edit_stays_whatever_another_tab_keeps(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.ask("Mine")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    other = visit(beside=one)
+    one.button("Edit and continue from here").click()
+    field = one.page.get_by_label("Edit your message")
+    field.fill("Mine, with care")
+    other.ask("Beside it")
+    expect(other.replies.nth(1).locator(".numbers")).to_be_visible()
+    expect(one.replies).to_have_count(2)
+    other.button("New conversation").last.click()
+    other.ask("Elsewhere")
+    expect(names(one)).to_have_text(["Elsewhere", "Mine"])
+    expect(field).to_be_focused()
+    field.press("Enter")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    assert said(kept(one, "Mine")) == ["Mine, with care"]
+    other.page.locator("#conversations .open", has_text="Mine").click()
+    expect(other.replies).to_have_count(1)
+
+
+@pytest.mark.browser
+def test_a_conversation_that_goes_on_in_two_tabs_at_once_is_kept_as_two(
+    server: PageServer, visit: Callable[..., Visit]
+) -> None:
+    one, hold = visit(), Hold()
+    one.ask("First")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    other = visit(beside=one)
+    server.plays.append(Play(["begun ", hold, "and ended"]))
+    one.ask("Here")
+    expect(one.replies.nth(1).locator(".body")).to_have_text("begun")
+    expect(other.replies).to_have_count(2)
+    other.ask("There")
+    expect(other.replies.nth(2).locator(".numbers")).to_be_visible()
+    expect(one.page.get_by_role("alert")).to_contain_text("“First” went on in another tab as well. Both are kept")
+    hold.released.set()
+    expect(one.replies.nth(1).locator(".numbers")).to_be_visible()
+    assert one.texts == ["First", "Reply 1.", "Here", "begun and ended"]
+    one.button("Open the other").click()
+    expect(one.replies.nth(2).locator(".body")).to_have_text("Reply 3.")
+    expect(names(other)).to_have_text(["First", "First"])
+    other.page.locator("#conversations .open:not([aria-current])").click()
+    expect(other.replies.nth(1).locator(".body")).to_have_text("begun and ended")
+
+
+@pytest.mark.browser
+def test_a_new_title_given_in_another_tab_holds_when_the_reply_ends(
+    server: PageServer, visit: Callable[..., Visit]
+) -> None:
+    one, hold = visit(), Hold()
+    server.plays.append(Play(["begun ", hold, "and ended"]))
+    one.ask("Plain")
+    expect(one.replies.locator(".body")).to_have_text("begun")
+    other = visit(beside=one)
+    other.button("This conversation").click()
+    other.button("Rename…").click()
+    other.page.get_by_label("Title").fill("Better")
+    other.page.keyboard.press("Enter")
+    expect(one.page).to_have_title("Better · Mixtral")
+    hold.released.set()
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    expect(other.replies.locator(".body")).to_have_text("begun and ended")
+    expect(names(other)).to_have_text(["Better"])
+
+
+@pytest.mark.browser
+def test_a_conversation_deleted_in_another_tab_can_be_brought_back_with_its_reply(
+    server: PageServer, visit: Callable[..., Visit]
+) -> None:
+    one, hold = visit(), Hold()
+    server.plays.append(Play(["begun", hold]))
+    one.ask("Gone")
+    expect(one.replies.locator(".body")).to_have_text("begun")
+    other = visit(beside=one)
+    other.button("Delete Gone").click()
+    expect(names(one)).to_have_count(0)
+    one.button("Undo").click()
+    expect(one.replies.locator(".body")).to_have_text("begun")
+    assert hold.client_left.wait(10)
+    expect(names(other)).to_have_text(["Gone"])
+
+
+@pytest.mark.browser
+def test_taking_back_what_another_tab_went_on_from_keeps_both(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.ask("Before")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    one.button("Edit and continue from here").click()
+    one.page.get_by_label("Edit your message").fill("Edited")
+    one.page.get_by_label("Edit your message").press("Enter")
+    expect(one.replies.locator(".body")).to_have_text("Reply 2.")
+    expect(one.button("Stop")).to_be_hidden()
+    one.button("Undo").focus()  # So long it stays.
+    other = visit(beside=one)
+    other.ask("Went on")
+    expect(other.replies.nth(1).locator(".numbers")).to_be_visible()
+    expect(one.replies.nth(1).locator(".body")).to_have_text("Reply 3.")
+    one.button("Undo").click()
+    expect(names(other)).to_have_count(2)
+    assert one.texts == ["Before", "Reply 1."]
+    assert other.texts == ["Edited", "Reply 2.", "Went on", "Reply 3."]
+
+
+@pytest.mark.browser
+def test_the_focus_in_the_list_stays_on_its_conversation_when_another_tab_moves_it(visit: Callable[..., Visit]) -> None:
+    one = visit()
+    one.ask("First")
+    expect(one.replies.locator(".numbers")).to_be_visible()
+    other = visit(beside=one)
+    one.button("Delete First").focus()
+    other.button("New conversation").last.click()
+    other.ask("Second")
+    expect(names(one)).to_have_text(["Second", "First"])
+    expect(one.button("Delete First")).to_be_focused()
+
+
+def names(tab: Visit) -> Locator:
+    return tab.page.locator("#conversations .open")
+
+
+def kept(tab: Visit, title: str) -> list[dict[str, Any]]:
+    """The messages of the one conversation that is kept under this title."""
+    found = [one for one in tab.page.evaluate("Object.values(localStorage).map(JSON.parse)") if one["title"] == title]
+    assert len(found) == 1
+    return list(found[0]["messages"])
+
+
+def said(messages: list[dict[str, Any]]) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
 # What the model writes is text.

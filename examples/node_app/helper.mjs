@@ -7,6 +7,8 @@ import { EventEmitter } from "node:events";
 
 const PROTOCOL = 1;
 const ENDS = new Set(["ready", "done", "ok", "stats", "error"]);
+// What nobody asked for is emitted under these names; types that are not here may come with a newer helper.
+const UNASKED = new Map([["loading", "loading"], ["ready", "model"], ["state", "model"], ["error", "refused"]]);
 const STOP_WITHIN_MS = 4000; // The helper promises three seconds.
 const STEADY_MS = 60_000; // Who has lived so long starts anew with the shortest wait.
 
@@ -35,7 +37,8 @@ export class Lines {
 
 /**
  * The helper and who watches it. Emits `state` ("starting", "running", "waiting", "stopped", "failed") and `log` with
- * lines of its stderr; with messages that nobody asked for `loading`, `model` (ready, or let go of) and `refused`.
+ * lines of its stderr, and of its stdout if they are no messages; with what nobody asked for `loading`, `model` (ready, or
+ * let go of) and `refused` (a line, or after a restart the model or the helper itself).
  */
 export class Helper extends EventEmitter {
   #options;
@@ -58,9 +61,11 @@ export class Helper extends EventEmitter {
     return this.#child?.pid;
   }
 
-  /** Start it; resolves with its first line. Rejects where it cannot even start. */
-  start() {
+  /** Start it, if it does not run; resolves with its first line. Rejects where it cannot even start. */
+  async start() {
+    if (this.state === "running") return this.hello;
     this.#stopping = false;
+    clearTimeout(this.#restart);
     return new Promise((resolve, reject) => this.#spawn({ resolve, reject }));
   }
 
@@ -137,7 +142,7 @@ export class Helper extends EventEmitter {
     const lines = new Lines();
     const log = new Lines();
     child.stdout.on("data", (chunk) => {
-      for (const line of lines.add(chunk)) this.#take(JSON.parse(line), first);
+      for (const line of lines.add(chunk)) this.#hear(line, first);
     });
     // Who does not read a child's stderr stops the child, sooner or later.
     child.stderr.on("data", (chunk) => log.add(chunk).forEach((line) => this.emit("log", line)));
@@ -148,24 +153,22 @@ export class Helper extends EventEmitter {
     child.on("close", (code, signal) => this.#ended({ child, began, first, code, signal }));
   }
 
+  #hear(line, first) {
+    const message = asMessage(line);
+    if (message) this.#take(message, first);
+    else this.emit("log", line); // Something between us and the helper has printed it, a wrapper say.
+  }
+
   #take(message, first) {
     if (message.type === "hello") return this.#greeted(message, first);
     const asked = this.#pending.get(message.id);
     if (asked) return asked.put(message);
-    if (message.id === undefined && message.type !== "bye") {
-      this.emit({ loading: "loading", error: "refused" }[message.type] ?? "model", message);
-    }
+    const name = UNASKED.get(message.type);
+    if (message.id === undefined && name) this.emit(name, message);
   }
 
   #greeted(message, first) {
-    if (message.protocol !== PROTOCOL) {
-      this.#stopping = true;
-      this.#child.kill("SIGTERM");
-      first?.reject(
-        new HelperError({ code: "protocol", message: `The helper speaks protocol ${message.protocol}, not ${PROTOCOL}.` }),
-      );
-      return;
-    }
+    if (message.protocol !== PROTOCOL) return this.#giveUp(message.protocol, first);
     this.hello = message;
     this.#be("running");
     first?.resolve(message);
@@ -175,6 +178,19 @@ export class Helper extends EventEmitter {
         (error) => this.emit("refused", error),
       );
     }
+  }
+
+  #giveUp(protocol, first) {
+    this.#stopping = true;
+    this.#child.kill("SIGTERM");
+    const error = new HelperError({
+      code: "protocol",
+      message: `The helper speaks protocol ${protocol}, not ${PROTOCOL}.`,
+      hint: "Let the app and mixtral-mlx be of versions that belong together.",
+    });
+    this.#be("failed");
+    if (first) first.reject(error);
+    else this.emit("refused", error);
   }
 
   #ended({ child, began, first, code, signal, error }) {
@@ -219,7 +235,7 @@ export class Helper extends EventEmitter {
 
   #send(message) {
     const stdin = this.#child?.stdin;
-    if (!stdin?.writable || this.state === "stopped") return false;
+    if (!stdin?.writable || this.state === "stopped" || this.state === "failed") return false;
     stdin.write(JSON.stringify(message) + "\n");
     return true;
   }
@@ -241,6 +257,16 @@ export class Helper extends EventEmitter {
   #forget(asked, ended) {
     if (ended) this.#pending.delete(asked.id);
     else if (this.#pending.has(asked.id)) asked.drain(() => this.#pending.delete(asked.id));
+  }
+}
+
+/** The message that a line is; null if it is none. */
+function asMessage(line) {
+  try {
+    const message = JSON.parse(line);
+    return typeof message?.type === "string" ? message : null;
+  } catch {
+    return null;
   }
 }
 

@@ -1,6 +1,9 @@
 // What the example promises, with the real helper: node --test
 
 import assert from "node:assert/strict";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import path from "node:path";
 import { after, test } from "node:test";
 
 import { backoff, Helper, HelperError, Lines } from "./helper.mjs";
@@ -8,6 +11,7 @@ import { backoff, Helper, HelperError, Lines } from "./helper.mjs";
 const command = JSON.parse(process.env.HELPER_COMMAND ?? '["mixtral-mlx", "helper"]');
 const HELLO = [{ role: "user", content: "Hello" }];
 const ENDLESS = { messages: HELLO, min_tokens: 900, max_tokens: 900 };
+const HELLO_1 = { type: "hello", protocol: 1, version: "0", pid: 0 };
 const running = [];
 
 async function started(options = {}) {
@@ -16,6 +20,12 @@ async function started(options = {}) {
   await helper.start();
   return helper;
 }
+
+/** A helper that says only this, a message or a line each, and stays until its stdin ends. */
+const saying = (...lines) => {
+  const said = lines.map((line) => (typeof line === "string" ? line : JSON.stringify(line)) + "\n").join("");
+  return [process.execPath, "-e", `process.stdout.write(${JSON.stringify(said)}); process.stdin.resume()`, "--"];
+};
 
 after(() => Promise.all(running.map((helper) => helper.stop())));
 
@@ -120,6 +130,66 @@ test("a helper that cannot start is given up", async () => {
   const wrong = new Helper({ command, args: ["--no-such-option"] });
   await assert.rejects(wrong.start(), /exit code 2/);
   assert.equal(wrong.state, "failed");
+});
+
+test("a line that is no message is a line of the log", async () => {
+  const noise = ["a wrapper says hello", "null", "17", "{"];
+  const helper = new Helper({ command: saying(...noise, HELLO_1) });
+  const log = [];
+  helper.on("log", (line) => log.push(line));
+  await helper.start();
+  assert.deepEqual(log, noise);
+  assert.equal(helper.state, "running");
+  await helper.stop();
+});
+
+test("a message of a type that is not known is ignored, and the others are told apart", async () => {
+  const unasked = [
+    { type: "news" },
+    { type: "constructor" },
+    { type: "state", state: "unloaded" },
+    { type: "loading", model: "demo", done_bytes: 1, total_bytes: 2 },
+    { type: "ready", model: "demo" },
+    { type: "error", code: "no_id", message: "?", retryable: false },
+  ];
+  const helper = new Helper({ command: saying(HELLO_1, ...unasked) });
+  const told = [];
+  for (const name of ["model", "loading"]) helper.on(name, (message) => told.push([name, message.type]));
+  const refused = new Promise((resolve) => helper.on("refused", resolve));
+  await helper.start();
+  assert.equal((await refused).code, "no_id");
+  assert.deepEqual(told, [["model", "state"], ["loading", "loading"], ["model", "ready"]]);
+  await helper.stop();
+});
+
+test("a helper of another protocol is given up, also when it comes after a restart", async () => {
+  const other = saying({ ...HELLO_1, protocol: 2 });
+  const first = new Helper({ command: other });
+  await assert.rejects(first.start(), { code: "protocol" });
+  assert.equal(first.state, "failed");
+  await first.stop();
+
+  const folder = await mkdtemp(path.join(tmpdir(), "helper-"));
+  const script = path.join(folder, "helper.mjs");
+  const says = (protocol) => writeFile(script, saying({ ...HELLO_1, protocol })[2]);
+  await says(1);
+  const second = new Helper({ command: [process.execPath, script], wait: () => 1 });
+  await second.start();
+  await says(2); // An update, say.
+  const [failed, refused] = [state(second, "failed"), new Promise((resolve) => second.on("refused", resolve))];
+  process.kill(second.pid, "SIGKILL");
+  assert.equal((await refused).code, "protocol");
+  await failed;
+  await second.stop();
+  await rm(folder, { recursive: true });
+});
+
+test("to start what runs starts nothing more", async () => {
+  const helper = await started();
+  const { pid } = helper;
+  assert.equal((await helper.start()).pid, pid);
+  assert.equal(helper.pid, pid);
+  await helper.stop();
 });
 
 test("stop leaves no process, whatever it is doing", async () => {

@@ -16,6 +16,7 @@ const LOADING_EVERY_MS = 1000;
 const ANNOUNCED = 1500;
 
 let conversations = store.all();
+const notKept = new Set(); // Those with something that the storage had no room for.
 let current = conversations[0] ?? store.fresh();
 let reply = null; // {conversation, message, controller, begun, first, last, pieces, progress, savedAt}
 let model = null;
@@ -63,42 +64,50 @@ function drawList() {
       remove: () => remove(conversation),
     }),
   );
-  const focused = [...byId("conversations").querySelectorAll("button")].indexOf(document.activeElement);
-  byId("conversations").replaceChildren(...rows);
-  if (focused >= 0) byId("conversations").querySelectorAll("button")[focused]?.focus();
+  const list = byId("conversations");
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const id = focused?.closest("li").dataset.id;
+  list.replaceChildren(...rows);
+  // Rows move when another tab keeps something; the focus goes with its own.
+  rows.find((row) => row.dataset.id === id)?.querySelector(`.${focused?.classList[0]}`)?.focus();
   byId("export-all").disabled = conversations.length === 0;
 }
 
 function keep(conversation) {
-  if (!conversations.includes(conversation)) conversations.unshift(conversation);
+  insert(conversation);
   try {
     store.save(conversation);
+    notKept.delete(conversation);
     hideNotice("storage");
   } catch (error) {
+    notKept.add(conversation);
     notice("storage", error.message, error.hint, "Export all", exportAll);
   }
 }
 
-function touch(conversation) {
-  conversation.updated = Date.now();
-  conversations.sort((one, other) => other.updated - one.updated);
+function insert(conversation) {
+  conversations = [conversation, ...conversations.filter(({ id }) => id !== conversation.id)].sort(store.latestFirst);
 }
 
 function remove(conversation) {
   if (reply?.conversation === conversation) stop();
-  conversations = conversations.filter((other) => other !== conversation);
   store.remove(conversation.id);
-  if (conversation === current) open(conversations[0] ?? store.fresh());
-  else drawList();
+  drop(conversation);
   hideNotice("storage");
   focusMessage();
   offerUndo(`Deleted “${conversation.title}”.`, () => {
-    conversations.push(conversation);
-    conversations.sort((one, other) => other.updated - one.updated);
+    // Another tab, where a reply ran, may have brought its own back.
+    if (conversations.some(({ id }) => id === conversation.id)) conversation.id = store.identifier();
     keep(conversation);
     open(conversation);
     focusMessage();
   });
+}
+
+function drop(conversation) {
+  conversations = conversations.filter((other) => other !== conversation);
+  if (conversation === current) open(conversations[0] ?? store.fresh());
+  else drawList();
 }
 
 function settingsChanged() {
@@ -137,17 +146,26 @@ function replaceFrom(message, said, replacement) {
   const conversation = current;
   const before = conversation.messages;
   const place = before.indexOf(message);
-  conversation.messages = [...before.slice(0, place), ...replacement()];
+  if (place < 0) return; // It went while a key was asked for.
+  const after = (conversation.messages = [...before.slice(0, place), ...replacement()]);
   answer(conversation);
   focusMessage();
   if (!said) return;
   offerUndo(said, () => {
     if (reply?.conversation === conversation) stop();
+    if (conversation.messages !== after) return openCopy(conversation, before); // Another tab has gone on since.
     conversation.messages = before;
     keep(conversation);
     if (conversation === current) draw();
     focusMessage();
   });
+}
+
+function openCopy(conversation, messages) {
+  const copy = store.adopted({ ...conversation, messages });
+  keep(copy);
+  open(copy);
+  focusMessage();
 }
 
 async function answer(conversation) {
@@ -156,7 +174,7 @@ async function answer(conversation) {
   const body = bodyFor(conversation);
   conversation.messages.push(message);
   reply = mine;
-  touch(conversation);
+  conversation.updated = Date.now();
   keep(conversation);
   draw();
   scrollToEnd();
@@ -383,7 +401,6 @@ async function importFile(file) {
   try {
     const imported = fromJson(await file.text());
     for (const conversation of imported) keep(conversation);
-    conversations.sort((one, other) => other.updated - one.updated);
     if (imported.length) open(imported[0]);
     offerUndo(`Imported ${imported.length} ${imported.length === 1 ? "conversation" : "conversations"}.`, null);
   } catch (error) {
@@ -488,15 +505,45 @@ function pageKey(event) {
   }
 }
 
-// Another tab changed something. What is being answered here stays as it is here.
+// Other tabs.
+
+// What was said here is kept at once, so what another tab keeps takes its place. Not so where a reply is being written:
+// what the other tab left of it goes on here, and where both went on, both are kept, as two conversations.
 function storageChanged({ key }) {
-  if (!store.isOurs(key) || reply) return;
-  conversations = store.all();
-  const same = conversations.find(({ id }) => id === current.id);
-  if (same) current = same;
-  else if (current.messages.length) current = conversations[0] ?? store.fresh();
+  if (key === null) conversations.slice().forEach(({ id }) => changedElsewhere(id));
+  else if (store.idOf(key) !== null) changedElsewhere(store.idOf(key));
+}
+
+function changedElsewhere(id) {
+  const here = conversations.find((conversation) => conversation.id === id);
+  const there = store.load(id);
+  if (!there) return here && deletedElsewhere(here);
+  if (!here) insert(there);
+  else if (here !== reply?.conversation && !notKept.has(here)) store.takeOver(here, there);
+  else if (!store.isBeginning(there.messages, here.messages)) part(here, there);
+  else Object.assign(here, { title: there.title, system: there.system, sampling: there.sampling });
+  conversations.sort(store.latestFirst);
+  if (here !== current) return drawList();
   draw();
   if (!byId("settings").contains(document.activeElement)) settings.show(current);
+}
+
+// The other tab offers to bring it back, but knows only a part of a reply that is being written here.
+function deletedElsewhere(conversation) {
+  if (conversation === reply?.conversation) remove(conversation);
+  else drop(conversation);
+}
+
+function part(here, there) {
+  here.id = store.identifier();
+  insert(there);
+  keep(here);
+  const openOther = () => {
+    hideNotice("parted");
+    open(there);
+    focusMessage();
+  };
+  notice("parted", `“${here.title}” went on in another tab as well.`, "Both are kept, as two conversations.", "Open the other", openOther);
 }
 
 document.addEventListener("keydown", pageKey);

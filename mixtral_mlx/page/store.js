@@ -2,6 +2,9 @@
 //
 // A conversation: {id, title, created, updated, system, sampling, messages}. A message: {role, content} and for replies
 // also stats, stopped, error, finish. Times are milliseconds.
+//
+// Several tabs share the storage. What one keeps the others take over, entry by entry; page.js says what becomes of a
+// conversation in which two of them go on at once.
 
 const PREFIX = "mixtral-mlx/conversation/";
 const DEFAULTS = "mixtral-mlx/defaults";
@@ -28,8 +31,10 @@ export function all() {
   } catch {
     return [];
   }
-  return found.filter(Boolean).sort((one, other) => other.updated - one.updated);
+  return found.filter(Boolean).sort(latestFirst);
 }
+
+export const latestFirst = (one, other) => other.updated - one.updated;
 
 function read(name) {
   try {
@@ -40,9 +45,28 @@ function read(name) {
   }
 }
 
+/** A conversation as it is kept now, perhaps by another tab; null where there is none. */
 export const load = (id) => read(PREFIX + id);
 
-export const isOurs = (name) => name === null || name.startsWith(PREFIX);
+/** The id of the conversation that an entry of the storage is; null if it is none. */
+export const idOf = (name) => (name.startsWith(PREFIX) ? name.slice(PREFIX.length) : null);
+
+/** Make `here` what another tab kept. Messages that are the same stay the same objects: the page knows them by that. */
+export function takeOver(here, there) {
+  const isSame = (message, place) => JSON.stringify(message) === JSON.stringify(here.messages[place]);
+  const messages = there.messages.map((message, place) => (isSame(message, place) ? here.messages[place] : message));
+  const isAsBefore = messages.length === here.messages.length && messages.every((message, place) => message === here.messages[place]);
+  Object.assign(here, there, { messages: isAsBefore ? here.messages : messages });
+}
+
+/** Whether `messages` say nothing that `others` do not; the last of these may have grown since. */
+export function isBeginning(messages, others) {
+  return messages.every(({ role, content }, place) => {
+    const other = others[place];
+    if (role !== other?.role) return false;
+    return other === others.at(-1) ? other.content.startsWith(content) : other.content === content;
+  });
+}
 
 /** Keep a conversation as it is now, or throw `NotKept`. */
 export function save(conversation) {
@@ -73,7 +97,7 @@ export function fresh() {
 }
 
 // crypto.randomUUID is missing where a page came without TLS from another machine.
-function identifier() {
+export function identifier() {
   return [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 

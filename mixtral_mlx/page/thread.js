@@ -189,7 +189,7 @@ export function conversationRow(conversation, { isCurrent, isLive, open, remove 
   const title = conversation.title || "New conversation";
   return element(
     "li",
-    { class: isLive ? "live" : null },
+    { class: isLive ? "live" : null, dataset: { id: conversation.id } },
     element("button", { type: "button", class: "open", title, "aria-current": isCurrent ? "true" : null, onclick: open },
       element("bdi", {}, title), isLive ? element("span", { class: "unseen" }, ", answering") : null),
     element("button", { type: "button", class: "icon-button", "aria-label": `Delete ${title}`, title: "Delete", onclick: remove }, icon("delete")),

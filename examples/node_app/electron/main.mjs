@@ -1,4 +1,4 @@
-// Electron's main process. Not run in this project's tests, which have no Electron; what it calls (../helper.mjs) is.
+// Electron's main process. Not run in Electron by this project's tests, which have none, but with a stand-in for it.
 //
 // npm install --no-save electron && npx electron electron/main.mjs
 
@@ -11,40 +11,58 @@ import { Helper } from "../helper.mjs";
 const here = path.dirname(fileURLToPath(import.meta.url));
 // In a packaged app the Python that mixtral-mlx is installed in lies in Resources; see docs/EMBEDDING.md.
 const command = app.isPackaged
-  ? [path.join(process.resourcesPath, "python", "bin", "python3"), "-I", "-m", "mixtral_mlx", "helper"]
+  ? [path.join(process.resourcesPath, "python", "bin", "python3"), "-I", "-B", "-m", "mixtral_mlx", "helper"]
   : [process.env.MIXTRAL_MLX ?? "mixtral-mlx", "helper"];
 const helper = new Helper({ command });
 const answers = new Map(); // id of the page's -> what stops it
+let window = null;
 
 app.whenReady().then(async () => {
-  const window = new BrowserWindow({
+  window = new BrowserWindow({
     webPreferences: { preload: path.join(here, "preload.cjs"), contextIsolation: true, sandbox: true },
   });
-  helper.on("state", (state) => window.webContents.send("state", state));
-  helper.on("model", ({ type, state }) => window.webContents.send("state", type === "ready" ? "ready" : state));
+  helper.on("state", (state) => send("state", state));
+  helper.on("model", ({ type, state }) => send("state", type === "ready" ? "ready" : state));
+  helper.on("refused", failed);
   helper.on("log", (line) => console.error(line));
   await window.loadFile(path.join(here, "index.html"));
-  await helper.start();
-  await helper.load(process.env.MODEL ?? "demo", {
-    onProgress: (message) => window.webContents.send("message", message),
-  });
-  window.webContents.send("state", "ready");
+  await begin();
 });
 
-ipcMain.on("chat", async (event, id, messages) => {
+ipcMain.on("begin", begin);
+ipcMain.on("chat", async (_, id, messages) => {
   const stop = new AbortController();
   answers.set(id, stop);
   try {
     for await (const message of helper.chat({ messages }, { signal: stop.signal })) {
-      event.sender.send("message", { ...message, id });
+      send("message", { ...message, id });
     }
   } catch ({ code, message, hint, retryable }) {
-    event.sender.send("message", { type: "error", id, code, message, hint, retryable });
+    send("message", { type: "error", id, code, message, hint, retryable });
   } finally {
     answers.delete(id);
   }
 });
 ipcMain.on("stop", (_, id) => answers.get(id)?.abort());
+
+async function begin() {
+  try {
+    await helper.start();
+    await helper.load(process.env.MODEL ?? "demo", { onProgress: (message) => send("message", message) });
+    send("state", "ready");
+  } catch (error) {
+    failed(error);
+  }
+}
+
+function failed({ message, hint = "" }) {
+  send("state", "failed", `${message} ${hint}`.trim());
+}
+
+// A window that has been closed takes nothing more, while answers still come.
+function send(channel, ...what) {
+  if (!window.isDestroyed()) window.webContents.send(channel, ...what);
+}
 
 app.on("window-all-closed", () => app.quit());
 let stopped = false;

@@ -1,8 +1,9 @@
-// The page. Model text goes into the page as text only. Not run in this project's tests.
+// The page. Model text goes into the page as text only. Tried in a browser by this project's tests.
 const $ = (id) => document.getElementById(id);
 const messages = [];
 let answer = null; // { id, line } of the one that is being written
 let count = 0;
+let canAsk = false;
 
 const line = (who, text) => {
   const made = document.createElement("p");
@@ -10,14 +11,16 @@ const line = (who, text) => {
   $("conversation").append(made);
   return made;
 };
-const busy = (isBusy) => {
-  $("send").disabled = isBusy;
-  $("stop").disabled = !isBusy;
+const enable = () => {
+  $("send").disabled = !canAsk || answer !== null;
+  $("stop").disabled = answer === null;
 };
 
-window.mixtral.onState((state) => {
-  $("state").textContent = state;
-  $("send").disabled = state !== "ready" || answer !== null;
+window.mixtral.onState((state, why) => {
+  $("state").textContent = why ? `${state}: ${why}` : state;
+  $("begin").hidden = state !== "failed";
+  canAsk = state === "ready" || state === "unloaded"; // To ask brings back a model that was let go of.
+  enable();
 });
 window.mixtral.onMessage((message) => {
   if (message.type === "loading") {
@@ -33,7 +36,7 @@ window.mixtral.onMessage((message) => {
     if (answer.text) messages.push({ role: "assistant", content: answer.text });
     else messages.pop(); // A question without an answer is not part of the conversation.
     answer = null;
-    busy(false);
+    enable();
   }
 });
 $("form").addEventListener("submit", (event) => {
@@ -44,7 +47,8 @@ $("form").addEventListener("submit", (event) => {
   messages.push({ role: "user", content });
   line("You", content);
   answer = { id: ++count, line: line("Mixtral", ""), text: "" };
-  busy(true);
+  enable();
   window.mixtral.chat(answer.id, messages);
 });
+$("begin").addEventListener("click", () => window.mixtral.begin());
 $("stop").addEventListener("click", () => answer && window.mixtral.stop(answer.id));

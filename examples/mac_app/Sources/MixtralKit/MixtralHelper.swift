@@ -4,7 +4,7 @@ import Foundation
 
 /// A helper process and who watches it. Everything may be called from any task.
 public actor MixtralHelper {
-    /// What to start. In a bundled app the Python in its Resources, with `-I -m mixtral_mlx helper`.
+    /// What to start. In a bundled app the Python in its Resources, with `-I -B -m mixtral_mlx helper`.
     public struct Launch: Sendable {
         public var executable: URL
         public var arguments: [String]
