@@ -139,6 +139,7 @@ def test_a_fixed_field_takes_what_is_done_in_any_case_only(path: str, name: str,
     for value in ("other", 1, 0, True, [], {"type": "enabled", "budget_tokens": 1024}):
         error = refused(path, {**LEAST[path], name: value}, v3)
         assert (error.param, error.code) == (name, "unsupported_value")
+        assert all(json.dumps(allowed) in str(error) for allowed in FIELDS[path][name].values)
 
 
 def effect(path: str, body: dict[str, Any], engine: Engine) -> str:

@@ -248,7 +248,7 @@ def _same(value: Any, allowed: tuple[Any, ...]) -> bool:
 def _not_honoured(name: str, value: Any, field: Field) -> Refused:
     if field.treatment == "refused":
         return Refused(f"{name} cannot be honoured.", code="unsupported_field", hint=field.note, param=name)
-    allowed = " or ".join(shown(one) for one in field.values)
+    allowed = " or ".join(map(json.dumps, field.values))
     return Refused(
         f"{name} is {shown(value)}, and only {allowed} can be honoured.",
         code="unsupported_value",
