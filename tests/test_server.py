@@ -449,6 +449,16 @@ def test_the_page_is_served_without_the_key_and_may_run_nothing_but_its_own(engi
         assert called(app, {**HERE, "x-api-key": "secret"}, method="GET", path=path).status == 404
 
 
+def test_a_model_is_found_by_every_name_it_may_be_asked_by(engine: Engine) -> None:
+    app = create_app(engine, ServerSettings(aliases=("claude-*",)))
+    (listed,) = called(app, HERE, method="GET", path="/v1/models").json["data"]
+    for name in ("demo", "default", "claude-sonnet-4-5"):
+        answer = called(app, HERE, method="GET", path=f"/v1/models/{name}")
+        assert (answer.status, answer.json) == (200, listed)
+    answer = called(app, HERE, method="GET", path="/v1/models/gpt-4o")
+    assert (answer.status, answer.code) == (404, "model_not_found")
+
+
 def test_choices_of_experts_are_counted_while_somebody_asks_for_them(engine: Engine) -> None:
     app = create_app(engine)
     engine.reset_routing()

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from . import anthropic, completions, embeddings, openai_chat, responses, tokens
-from .answers import served
+from .answers import check_model, served
 from .call import Asks, Call, Frame, Refused, Stream, now
 from .errors import error_body, status_of
 from .openapi import openapi
@@ -29,6 +29,7 @@ __all__ = [
     "Frame",
     "Refused",
     "Stream",
+    "check_model",
     "error_body",
     "model",
     "models",

@@ -153,10 +153,8 @@ class _House:
         return JSONResponse(protocol.models(self.engine))
 
     async def _model(self, request: Request) -> Response:
-        asked, one = request.path_params["model"], protocol.model(self.engine)
-        if asked != one["id"]:
-            raise Refused(f"There is no model {asked[:100]!r} here.", code="model_not_found", status=404)
-        return JSONResponse(one)
+        protocol.check_model(request.path_params["model"], self.engine, self.settings.aliases)
+        return JSONResponse(protocol.model(self.engine))
 
     async def _stats(self, request: Request) -> Response:
         engine = self.engine
