@@ -843,6 +843,7 @@ FAULTS: list[tuple[MixtralError, int, str, str]] = [
     (Refused("No.", code="bad_key", status=401), 401, "authentication_error", "authentication_error"),
     (EngineError("Full.", code="queue_full", retryable=True), 429, "rate_limit_error", "rate_limit_error"),
     (EngineError("Closed.", code="closed"), 503, "server_error", "overloaded_error"),
+    (EngineError("Too late.", code="timeout"), 504, "server_error", "timeout_error"),
     (EngineError("Failed.", code="step_failed", retryable=True), 500, "server_error", "api_error"),
     (EngineError("Too much.", code="over_budget"), 400, "invalid_request_error", "invalid_request_error"),
     (PromptError("Odd.", code="bad_conversation"), 400, "invalid_request_error", "invalid_request_error"),

@@ -34,7 +34,7 @@ ANSWERS: dict[str, type[shapes.Shape]] = {
     "/v1/models": shapes.Models,
     "/v1/models/{model}": shapes.Model,
 }
-_ERRORS = (400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 429, 431, 500, 503)
+_ERRORS = (400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 429, 431, 500, 503, 504)
 
 
 def openapi(version: str, *, errors: Sequence[int] = _ERRORS, with_key: bool = False) -> dict[str, Any]:

@@ -124,7 +124,6 @@ class Answers:
             f"The answer took more than {self._settings.timeout_s:g} seconds.",
             code="timeout",
             hint="Ask for fewer tokens, or start the server with a larger --timeout.",
-            retryable=True,
         )
 
 
