@@ -336,6 +336,19 @@ def test_the_list_of_models_is_read_by_both_kinds_of_clients(v3: Engine) -> None
     assert shapes.Models.model_validate(answer).data == [shapes.Model.model_validate(model(v3))]
 
 
+def test_a_list_of_one_has_nothing_before_or_after_it(v3: Engine) -> None:
+    for page in ({"limit": "1"}, {"limit": "1000"}):
+        assert models(v3, page) == models(v3)
+    for page in ({"after_id": "model"}, {"before_id": "model", "limit": "5"}):
+        answer = models(v3, page)
+        assert (answer["data"], answer["first_id"], answer["has_more"]) == ([], None, False)
+        shapes.Models.model_validate(answer)
+    for name, value in (("limit", "0"), ("limit", "1001"), ("limit", "x"), ("after_id", "gpt-4o"), ("before_id", "")):
+        with pytest.raises(Refused, match=f"{name} is '{value}', expected") as caught:
+            models(v3, {name: value})
+        assert (caught.value.status, caught.value.param) == (400, name)
+
+
 def test_where_the_model_lies_is_told_to_nobody(v3: Engine) -> None:
     assert "/" in v3.name
     assert v3.name not in json.dumps([models(v3), whole(CHAT, {**LEAST[CHAT], "max_tokens": 1}, v3)])

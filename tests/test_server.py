@@ -118,7 +118,9 @@ class Wire:
 WIRE = [
     Wire("a plain request", get(), (200,), True),
     Wire("a trailing question mark", get("/v1/models?"), (200,), True),
-    Wire("an unknown query", get("/v1/models?limit=3"), (400,), True),
+    Wire("an unknown query", get("/v1/models?colour=3"), (400,), True),
+    Wire("a part of the models", get("/v1/models?limit=20&beta=true"), (200,), True),
+    Wire("a part of no length", get("/v1/models?limit=0"), (400,), True),
     Wire("HEAD", b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n", (200,), True, to_head=True),
     Wire(
         "HEAD where only POST is",

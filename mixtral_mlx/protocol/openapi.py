@@ -85,6 +85,14 @@ def _described(schema: _Schema | None, field: Field) -> _Schema:
     return {**schema, "description": f"{field.treatment.capitalize()}. {field.note}".strip()}
 
 
+_PAGE: _Schema = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000},
+    "after_id": {"type": "string"},
+    "before_id": {"type": "string"},
+}
+"""Which part of a list is asked for, as Anthropic's API has it."""
+
+
 def _operation(path: str, refs: _Refs, errors: Sequence[int]) -> _Schema:
     body, answer = BODIES.get(path), ANSWERS[path]
     content: _Schema = {"application/json": {"schema": refs[answer]}}
@@ -101,6 +109,8 @@ def _operation(path: str, refs: _Refs, errors: Sequence[int]) -> _Schema:
     if body is None:
         if "{model}" in path:
             operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+        if path == "/v1/models":
+            operation["parameters"] = [{"name": name, "in": "query", "schema": one} for name, one in _PAGE.items()]
         return {"get": operation}
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": refs[body]}}}
     return {"post": operation}

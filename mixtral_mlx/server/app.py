@@ -62,7 +62,12 @@ def create_app(model: Engine | Model, settings: ServerSettings = ServerSettings(
     return app
 
 
-_QUERIES = {"/v1/messages": {"beta"}, "/v1/messages/count_tokens": {"beta"}}
+_QUERIES = {
+    "/v1/messages": {"beta"},
+    "/v1/messages/count_tokens": {"beta"},
+    "/v1/models": {"beta", "limit", "after_id", "before_id"},
+    "/v1/models/{model:path}": {"beta"},
+}
 """What may stand after the ? of a path: clients of Anthropic's API say there that they know its latest fields."""
 
 
@@ -92,7 +97,7 @@ class _House:
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
         }
-        routes = [Route(path, _without_query(get), methods=["GET"]) for path, get in gets.items()]
+        routes = [Route(path, _with_query(get, _QUERIES.get(path, set())), methods=["GET"]) for path, get in gets.items()]
         routes += [Route(path, _Calls(self, path), methods=["POST"]) for path in PARSERS]
         self._paths = {route.path for route in routes}
         return routes
@@ -150,7 +155,7 @@ class _House:
         return JSONResponse({"status": "ok", "state": health.state})
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse(protocol.models(self.engine))
+        return JSONResponse(protocol.models(self.engine, request.query_params))
 
     async def _model(self, request: Request) -> Response:
         protocol.check_model(request.path_params["model"], self.engine, self.settings.aliases)
@@ -208,9 +213,11 @@ class _Calls:
         return await asyncio.to_thread(bodies.parsed, data, settings)
 
 
-def _without_query(get: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+def _with_query(
+    get: Callable[[Request], Awaitable[Response]], known: set[str]
+) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        _check_query(request, set())
+        _check_query(request, known)
         return await get(request)
 
     return answer
