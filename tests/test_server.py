@@ -93,6 +93,10 @@ def get(path: str = "/health", headers: str = "") -> bytes:
     return GET.format(path, headers).encode("latin-1")
 
 
+def at(address: str, *, host: str) -> bytes:
+    return f"GET http://{address}/health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+
+
 def head(*headers: str, path: str = CHAT) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1")
@@ -119,6 +123,16 @@ WIRE = [
     Wire("a plain request", get(), (200,), True),
     Wire("a trailing question mark", get("/v1/models?"), (200,), True),
     Wire("an unknown query", get("/v1/models?colour=3"), (400,), True),
+    Wire("a whole address", get("http://127.0.0.1:8000/v1/models"), (200,), True),
+    Wire("a whole address in capitals", get("HTTP://LOCALHOST/v1/models?limit=1"), (200,), True),
+    Wire("a whole address without a path", get("http://localhost"), (200,), True),
+    Wire("a whole address with nothing but a query", get("http://localhost?a=1"), (200,), True),
+    Wire("a whole address after a foreign Host", at("localhost", host="evil.example"), (200,), True),
+    Wire("a foreign address", at("evil.example", host="localhost"), (403,), True),
+    Wire("a whole address with a name before it", get("http://localhost@evil.example/health"), (403,), True),
+    Wire("an address of nobody", get("http:///health"), (400,), True),
+    Wire("a whole address and no Host", b"GET http://localhost/health HTTP/1.1\r\n\r\n", (400,)),
+    Wire("an address of another scheme", get("https://localhost/health"), (421,)),
     Wire("a part of the models", get("/v1/models?limit=20&beta=true"), (200,), True),
     Wire("a part of no length", get("/v1/models?limit=0"), (400,), True),
     Wire("HEAD", b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n", (200,), True, to_head=True),
