@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -691,6 +692,25 @@ def test_a_second_sigterm_ends_it_at_once() -> None:
         app.process.send_signal(signal.SIGTERM)
         app.process.send_signal(signal.SIGTERM)
         assert app.ends() == 0
+
+
+def test_ctrl_c_in_its_parents_terminal_is_for_the_parent(shared: App) -> None:
+    shared.send(type="chat", id="interrupted", body={"messages": HELLO, "max_tokens": 60, "min_tokens": 60})
+    shared.until("text")
+    shared.process.send_signal(signal.SIGINT)
+    assert shared.until("done", id="interrupted")[-1]["finish_reasons"] == ["length"]
+    assert shared.ask("after-interrupt", type="stats")[-1]["state"] == "ready"
+
+
+def test_ctrl_c_in_a_terminal_of_its_own_ends_it() -> None:
+    ours, its = pty.openpty()
+    with started(stdin=its) as app:
+        app.next()
+        app.process.send_signal(signal.SIGINT)
+        assert app.rest() == [{"type": "bye", "reason": "signal"}]
+        assert app.ends() == 0
+    os.close(ours)
+    os.close(its)
 
 
 def test_it_ends_with_another_process_that_is_named() -> None:

@@ -69,6 +69,9 @@ def run(options: Options) -> NoReturn:
     log = Log(mine.log)
     sys.stdout = sys.stderr = LogFile(log)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if not os.isatty(mine.lines_in):
+        # Ctrl-C in a terminal reaches all that was started there. It is meant for the parent, who says what becomes of us.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("mixtral_mlx").addHandler(log)
     logging.getLogger("mixtral_mlx").setLevel(options.log.upper())
     status = 1
@@ -108,8 +111,9 @@ class Helper:
         """Speak until the end; returns the exit code."""
         self._loop = asyncio.get_running_loop()
         self._reason = self._loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._take_signal)
+        self._loop.add_signal_handler(signal.SIGTERM, self._take_signal)
+        if os.isatty(self._lines_in):
+            self._loop.add_signal_handler(signal.SIGINT, self._take_signal)
         self._put(m.Hello(protocol=m.PROTOCOL, version=__version__, pid=os.getpid()))
         for work in (self._read, self._watch):
             threading.Thread(target=work, name=f"helper{work.__name__}", daemon=True).start()
