@@ -843,6 +843,24 @@ def test_a_model_that_cannot_be_loaded_is_told_of_and_nothing_is_served(tmp_path
         assert process.stdout.read() == ""
 
 
+_FULL_DISK = """
+import sys
+from mixtral_mlx.server import serve
+def load(*args, **how):
+    raise OSError(28, "No space left on device")
+serve.load = load
+from mixtral_mlx.cli import main
+sys.exit(main(["serve", "--port", "0", "--quiet"]))
+"""
+
+
+def test_whatever_ends_loading_ends_the_server_which_says_so() -> None:
+    answer = subprocess.run([sys.executable, "-c", _FULL_DISK], capture_output=True, text=True, timeout=30)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr.startswith("error[load_failed]: The model could not be loaded: OSError: [Errno 28] No space")
+    assert "Traceback" not in answer.stderr
+
+
 def test_a_unix_socket_is_the_owners_and_gone_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as left_over:

@@ -196,11 +196,19 @@ class _Loading:
                 engine.chat("Hello", max_tokens=1).result()
             self._model.engine = engine
             self._on_ready(engine)
-        except MixtralError as error:
-            self._error = error
+        except BaseException as error:  # Whatever it is, nothing will come: better no server than one that is never ready.
+            self._error = error if isinstance(error, MixtralError) else _cannot_load(error)
             self._server.end()
         finally:
             self._done.set()
+
+
+def _cannot_load(error: BaseException) -> ServerError:
+    return ServerError(
+        f"The model could not be loaded: {type(error).__name__}: {error}",
+        code="load_failed",
+        hint="If that is no fault of this machine's, please report it.",
+    )
 
 
 # Sockets.
