@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator
 import mixtral_mlx
 from mixtral_mlx.helper import messages
 from mixtral_mlx.helper.life import end_of
+from mixtral_mlx.protocol import PARSERS
 
 PACKAGE = Path(mixtral_mlx.__file__).parent
 SCHEMA = json.loads((PACKAGE / "helper" / "schema.json").read_text())
@@ -263,6 +264,19 @@ def test_logprobs_come_with_the_text_they_belong_to(shared: App) -> None:
     for token in tokens:
         assert len(token["top_logprobs"]) == 3
         assert token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"])  # The likeliest was taken.
+
+
+def test_likely_tokens_are_written_as_over_http(shared: App) -> None:
+    body = {"messages": HELLO, "temperature": 0, "max_tokens": 5, "logprobs": True, "top_logprobs": 20}
+    came = shared.ask("likely", type="chat", body=body)
+    tokens = [token for one in came if one["type"] == "text" for token in one["tokens"]]
+    with mixtral_mlx.load() as engine:
+        call = PARSERS["/v1/chat/completions"](body, engine)
+        answer = call.answer([engine.submit(call.asked[0][0]).result()])
+    expected = [entry["top_logprobs"] for entry in answer["choices"][0]["logprobs"]["content"]]
+    likely = [[other["text"] for other in token["top_logprobs"]] for token in tokens]
+    assert likely == [[other["token"] for other in entry] for entry in expected]
+    assert any(text.startswith(" ") for text in likely[1])
 
 
 def test_statistics_count_what_was_done() -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.reply import Reply
     from ..engine.request import Event, Token
-    from ..protocol import Asks
+    from ..prompt import Tokenizer
+    from ..protocol import Asks, Call
+    from ..protocol.answers import ShownTokens
     from .beside import Beside
 
 T = TypeVar("T")
@@ -388,13 +390,15 @@ class Helper:
             raise _no_model(is_loading=self._load is not None)
         engine = self._engine
         self._replies[message.id] = []
-        replies = await self._loop.run_in_executor(self._encoder, lambda: _asked(engine, message.body))
+        call, replies = await self._loop.run_in_executor(self._encoder, lambda: _asked(engine, message.body))
         self._replies[message.id] = replies
         if message.id in self._cancelled:
             for reply in replies:
                 reply.cancel()
-        with_logprobs = bool(message.body.get("logprobs"))
-        passings = [_Passing(message.id, choice, engine, with_logprobs) for choice in range(len(replies))]
+        passings = [
+            _Passing(message.id, choice, engine.tokenizer, _shown(call, engine) if message.body.get("logprobs") else None)
+            for choice in range(len(replies))
+        ]
         ended = await asyncio.gather(*[self._pass_on(passing, replies) for passing in passings], return_exceptions=True)
         if failed := [end for end in ended if isinstance(end, BaseException)]:
             raise failed[0]
@@ -505,12 +509,12 @@ def _forget(working: asyncio.Future[Engine]) -> None:
 
 @dataclass(frozen=True)
 class _Passing:
-    """Makes messages of the events of one choice of a request."""
+    """Makes messages of the events of one choice of a request; `shown` is for log probabilities, if they are wanted."""
 
     request_id: str
     choice: int
-    engine: Engine
-    with_logprobs: bool
+    tokenizer: Tokenizer
+    shown: ShownTokens | None
 
     def message(self, event: Event) -> m.Outgoing | None:
         """The message, or None for an event that has none of its own."""
@@ -521,8 +525,8 @@ class _Passing:
                 return m.Prompt(
                     id=self.request_id, choice=self.choice, done=event.done, total=event.total, cached=event.cached
                 )
-            case Token() if event.text or self.with_logprobs:
-                scores = [self._score(event)] if self.with_logprobs else None
+            case Token() if event.text or self.shown:
+                scores = [self._score(event, self.shown)] if self.shown else None
                 return m.Text(id=self.request_id, choice=self.choice, text=event.text, tokens=scores)
             case Text():
                 return m.Text(id=self.request_id, choice=self.choice, text=event.text)
@@ -537,17 +541,23 @@ class _Passing:
                 )
         return None
 
-    def _score(self, token: Token) -> m.TokenScore:
-        decode = self.engine.tokenizer.decode
+    def _score(self, token: Token, shown: ShownTokens) -> m.TokenScore:
+        shown.add(token)
+        others = zip(token.top_logprobs, shown.latest.others(self.tokenizer), strict=True)
         return m.TokenScore(
             id=token.id,
             text=token.text,
             logprob=_finite(token.logprob),
             top_logprobs=[
-                m.Alternative(id=other, text=decode([other]), logprob=_finite(logprob))
-                for other, logprob in token.top_logprobs
+                m.Alternative(id=other, text=text, logprob=_finite(logprob)) for (other, _), (text, _, logprob) in others
             ],
         )
+
+
+def _shown(call: Call, engine: Engine) -> ShownTokens:
+    from ..protocol.answers import ShownTokens
+
+    return ShownTokens(engine.tokenizer, call.asked[0][0].prompt)
 
 
 def _finite(logprob: float) -> float:
@@ -555,8 +565,8 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _asked(engine: Engine, body: dict[str, Any]) -> list[Reply]:
-    """The answers, one for each choice, that a body asks for."""
+def _asked(engine: Engine, body: dict[str, Any]) -> tuple[Call, list[Reply]]:
+    """What a body asks for, and the answers, one for each choice."""
     from ..protocol import PARSERS, Refused
 
     if "stream_options" in body or body.get("stream") is False:
@@ -567,7 +577,7 @@ def _asked(engine: Engine, body: dict[str, Any]) -> list[Reply]:
             param=param,
         )
     call = PARSERS["/v1/chat/completions"](body, cast("Asks", engine))
-    return [reply for request, count in call.asked for reply in engine.choices(count, request)]
+    return call, [reply for request, count in call.asked for reply in engine.choices(count, request)]
 
 
 def _as_message(error: MixtralError, request_id: str | None) -> m.Error:
