@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,8 @@ import mixtral_mlx
 from mixtral_mlx.helper import messages
 from mixtral_mlx.helper.life import end_of
 from mixtral_mlx.protocol import PARSERS
+
+from .serving import posted
 
 PACKAGE = Path(mixtral_mlx.__file__).parent
 SCHEMA = json.loads((PACKAGE / "helper" / "schema.json").read_text())
@@ -60,6 +62,7 @@ class App:
         self.log = b""
         self._begun = b""
         self._lines: list[bytes] = []
+        self.ready: dict[str, Any] = {}
 
     def send(self, **message: Any) -> None:
         TO_HELPER.validate(message)
@@ -143,7 +146,7 @@ def started(*arguments: str, **how: Any) -> Iterator[App]:
 @contextmanager
 def loaded(*arguments: str, **how: Any) -> Iterator[App]:
     with started("--model", "demo", *arguments, **how) as app:
-        app.until("ready")
+        app.ready = app.until("ready")[-1]
         yield app
 
 
@@ -626,6 +629,18 @@ def test_serve_opens_the_api_with_a_key_of_its_own_until_the_end() -> None:
             with suppress(openai.APIError):
                 list(chunks)
         assert app.ends() == 0
+
+
+def test_over_http_as_many_requests_are_taken_as_may_run_and_wait() -> None:
+    with loaded("--serve", "--max-queue", "150", "--max-concurrent", "2") as app, ExitStack() as clients:
+        serving = app.ready["serving"]
+        port, key = int(serving["url"].rpartition(":")[2]), serving["key"]
+        for _ in range(140):
+            client = clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            client.sendall(posted(ENDLESS, headers=f"x-api-key: {key}\r\n"))
+        deadline = time.monotonic() + _PATIENCE_S
+        while (stats := app.ask("many", type="stats")[0])["running"] + stats["queued"] < 140:
+            assert time.monotonic() < deadline, stats
 
 
 # The end.

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
@@ -562,25 +562,33 @@ def test_a_client_that_does_not_read_is_let_go_of(engine: Engine) -> None:
 
 def test_more_than_the_queue_holds_is_told_to_come_again() -> None:
     with (
-        load(max_concurrent=1, max_queue=1) as engine,
-        served(engine, max_requests=10) as server,
+        load(max_concurrent=1, max_queue=2) as engine,
+        served(engine) as server,
         server.connect() as first,
         server.connect() as second,
     ):
         first.sendall(posted(ENDLESS))
         assert until(lambda: engine.health().running == 1)
-        second.sendall(posted(ENDLESS))
-        assert until(lambda: engine.health().queued == 1)
+        second.sendall(posted({**ENDLESS, "n": 2}))
+        assert until(lambda: engine.health().queued == 2)
         answer = server.post(CHAT, HELLO)
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (429, "queue_full", "1")
 
 
-def test_more_requests_than_there_is_room_for_are_not_even_read(engine: Engine) -> None:
-    with served(engine, max_requests=1) as server, server.connect() as first:
-        first.sendall(posted(ENDLESS))
-        assert until(lambda: engine.health().running == 1)
-        answer = server.post(CHAT, HELLO)
+def test_more_requests_than_may_run_and_wait_are_not_even_read() -> None:
+    with load(max_concurrent=1, max_queue=2) as engine, served(engine) as server, ExitStack() as clients:
+        for _ in range(3):
+            clients.enter_context(server.connect()).sendall(posted(ENDLESS))
+        assert until(lambda: engine.health().queued == 2)
+        answer = server.post(CHAT, b"{")
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (429, "queue_full", "1")
+
+
+def test_as_many_requests_are_taken_as_may_run_and_wait() -> None:
+    with load(max_concurrent=2, max_queue=100) as engine, served(engine) as server, ExitStack() as clients:
+        for _ in range(90):
+            clients.enter_context(server.connect()).sendall(posted(ENDLESS))
+        assert until(lambda: engine.health().running + engine.health().queued == 90)
 
 
 def test_more_connections_than_allowed_are_told_so(engine: Engine) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..opening import ModelChoice, joined, wired
 from ..terminal import complain
 
-if TYPE_CHECKING:
-    pass
 from .options import (
     Parser,
     UsageError,
@@ -55,7 +52,6 @@ def serve(arguments: list[str]) -> int:
         allow_hosts=tuple(parsed.allow_host),
         aliases=tuple(parsed.alias),
         max_body=parsed.max_body,
-        max_requests=(parsed.max_concurrent or 16) + (parsed.max_queue or 64),
         timeout_s=parsed.timeout,
         log_prompts=parsed.log_prompts,
     )

@@ -317,6 +317,11 @@ class Engine:
     # How it is.
 
     @property
+    def limits(self) -> Limits:
+        """How many requests run and wait at most."""
+        return self._limits
+
+    @property
     def loaded(self) -> Loaded | None:
         """What is in memory, and how; None while nothing is. To be looked at only: its arrays are the engine's."""
         opened = self._worker.opened

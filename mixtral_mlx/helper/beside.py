@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..engine.engine import Engine
 from ..server.app import Model, create_app
-from ..server.serve import Server, listening, url
+from ..server.serve import Server, allow_open_files, listening, url
 from ..server.settings import ServerSettings
 
 
@@ -31,8 +31,9 @@ class Beside:
 
 def serve_beside() -> Beside:
     """Open the API. Raises `MixtralError`."""
-    settings = ServerSettings(api_key=secrets.token_urlsafe(32), max_connections=128)
+    settings = ServerSettings(api_key=secrets.token_urlsafe(32))
     sockets = listening(settings.host, 0, None)
+    allow_open_files()
     model = Model()
     server = Server(create_app(model, settings), settings)
     threading.Thread(target=server.run, args=[sockets], name="helper-http", daemon=True).start()

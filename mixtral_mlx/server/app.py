@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from .. import protocol
 from ..config import MixtralError
 from ..engine.engine import Engine
+from ..engine.worker import Limits
 from ..page import CONTENT_SECURITY_POLICY, FOLDER, MEDIA_TYPES
 from ..protocol import PARSERS, Refused
 from . import bodies, metrics, openapi, sse
@@ -123,9 +124,9 @@ class _House:
         return f": {100 * self.model.done // self.model.total} %" if self.model.total else ""
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Room for a request: its body is in memory, too."""
-        if self._calls >= self.settings.max_requests:
+    def place(self, limits: Limits) -> Iterator[None]:
+        """Room for a request, of which there are no more than may run and wait: its body is in memory, too."""
+        if self._calls >= limits.max_concurrent + limits.max_queue:
             raise Refused(
                 f"{self._calls} requests are being answered or wait, and no more may.",
                 code="queue_full",
@@ -189,7 +190,7 @@ class _Calls:
         house = self._house
         _check_query(Request(scope), _QUERIES.get(self._path, set()))
         engine = house.engine
-        with house.place():
+        with house.place(engine.limits):
             body = await self._body(receive)
             # Long prompts take a while to encode, and others should not wait for that.
             call = await asyncio.to_thread(PARSERS[self._path], body, engine, aliases=house.settings.aliases)

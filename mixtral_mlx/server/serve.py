@@ -55,7 +55,7 @@ def serve(request: Request) -> int:
     """Serve until a signal ends it; returns the exit code. Raises `MixtralError` where it cannot begin."""
     quiet = request.choice.quiet
     sockets = listening(request.settings.host, request.port, request.uds)
-    _allow_open_files(_OPEN_FILES)
+    allow_open_files()
     model, log = Model(), Log(quiet=quiet)
     server = Server(create_app(model, request.settings, log), request.settings)
     where = url(sockets[0], request.settings)
@@ -287,9 +287,9 @@ def url(sock: socket.socket, settings: ServerSettings) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _allow_open_files(least: int) -> None:
-    """Each connection is an open file, and macOS begins with 256."""
+def allow_open_files() -> None:
+    """Let the process have enough of them: each connection is one, and macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < least:
+    if soft < _OPEN_FILES:
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (least if hard < 0 else min(least, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES if hard < 0 else min(_OPEN_FILES, hard), hard))
