@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
+import httpx
 import openai
 import pytest
 from jsonschema import Draft202012Validator
@@ -629,6 +630,30 @@ def test_serve_opens_the_api_with_a_key_of_its_own_until_the_end() -> None:
             with suppress(openai.APIError):
                 list(chunks)
         assert app.ends() == 0
+
+
+def test_over_http_a_helper_without_a_model_says_so(tmp_path: Path) -> None:
+    with silent_hub() as environment, loaded("--serve", env=environment) as app:
+        url, key = app.ready["serving"]["url"], app.ready["serving"]["key"]
+
+        def health() -> Any:
+            return httpx.get(f"{url}/health").json()
+
+        assert health() == {"status": "ok", "state": "ready"}
+        assert app.ask("1", type="unload")[-1]["type"] == "ok"
+        assert health() == {"status": "no_model"}
+        app.send(type="load", id="hangs", model="some/model")
+        assert app.ask("2", type="stats")[0]["state"] == "loading"
+        deadline = time.monotonic() + _PATIENCE_S
+        while health() != {"status": "loading", "done_bytes": 0, "total_bytes": 0}:
+            assert time.monotonic() < deadline
+        app.send(type="cancel", id="stop", request="hangs")
+        assert app.until("error", id="hangs")[-1]["code"] == "cancelled"
+        assert health() == {"status": "no_model"}
+        assert app.ask("3", type="load", model="demo")[-1]["type"] == "ready"
+        assert app.ask("4", type="load", model=str(tmp_path))[-1]["code"] == "no_config"
+        answer = httpx.get(f"{url}/v1/models", headers={"x-api-key": key})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_model")
 
 
 def test_over_http_as_many_requests_are_taken_as_may_run_and_wait() -> None:

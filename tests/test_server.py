@@ -646,6 +646,16 @@ def test_while_the_model_is_loaded_health_says_how_far_and_all_else_to_wait(engi
     assert called(app, HERE, method="GET", path="/v1/models").json["data"][0]["id"] == "demo"
 
 
+def test_where_no_model_is_to_come_it_is_said_who_has_to_load_one() -> None:
+    app = create_app(Model(is_coming=False))
+    health = called(app, HERE, method="GET", path="/health")
+    assert (health.status, health.json) == (503, {"status": "no_model"})
+    for method, path in (("GET", "/v1/models"), ("POST", CHAT)):
+        answer = called(app, ASKS, method=method, path=path)
+        assert (answer.status, answer.code) == (503, "no_model")
+        assert "has to load one" in answer.json["error"]["message"]
+
+
 def test_prompts_are_logged_only_when_asked_for(engine: Engine) -> None:
     class Lines(Log):
         def __init__(self) -> None:

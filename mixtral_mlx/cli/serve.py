@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..opening import ModelChoice, joined, wired
 from ..terminal import complain
-
 from .options import (
     Parser,
     UsageError,

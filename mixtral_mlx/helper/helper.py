@@ -72,7 +72,7 @@ def run(options: Options) -> NoReturn:
     sys.stdout = sys.stderr = LogFile(log)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if not os.isatty(mine.lines_in):
-        # Ctrl-C in a terminal reaches all that was started there. It is meant for the parent, who says what becomes of us.
+        # Ctrl-C in a terminal reaches all that was started there. It is for the parent, who says what becomes of us.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("mixtral_mlx").addHandler(log)
     logging.getLogger("mixtral_mlx").setLevel(options.log.upper())
@@ -316,16 +316,13 @@ class Helper:
             await self._do_unload()
             if self._options.serve and self._beside is None:
                 self._beside = await self._in_thread(_serve_beside)
-            working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
-            # What is being fetched cannot be stopped; then its thread goes on, and nobody waits for it.
-            await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
+            self._await_model(0, 0)
+            engine = await self._loaded(load, given)
+            self._use(engine, "ready")
         finally:
             self._load = None
-        if load.is_cancelled:
-            working.add_done_callback(_forget)
-            raise _stopped()
-        engine = working.result()
-        self._use(engine, "ready")
+            if self._beside:
+                self._beside.use(self._engine)  # None where it did not come.
         beside = self._beside
         memory = engine.memory()
         return m.Ready(
@@ -338,6 +335,25 @@ class Helper:
             load_seconds=time.monotonic() - began,
             serving=m.Serving(url=beside.url, key=beside.key) if beside else None,
         )
+
+    async def _loaded(self, load: _Load, given: dict[str, Any]) -> Engine:
+        working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
+        # What is being fetched cannot be stopped; then its thread goes on, and nobody waits for it.
+        await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
+        if load.is_cancelled:
+            working.add_done_callback(_forget)
+            raise _stopped()
+        return working.result()
+
+    def say_loading(self, message: m.Loading) -> None:
+        """Say how far a model has come, from any thread; over HTTP too, while there is none."""
+        self.say(message)
+        with suppress(RuntimeError):  # The loop is closed.
+            self._loop.call_soon_threadsafe(self._await_model, message.done_bytes, message.total_bytes)
+
+    def _await_model(self, done: int, total: int) -> None:
+        if self._beside and self._load:
+            self._beside.await_model(done, total)
 
     async def _do_unload(self) -> None:
         if self._engine is None:
@@ -396,7 +412,9 @@ class Helper:
             for reply in replies:
                 reply.cancel()
         passings = [
-            _Passing(message.id, choice, engine.tokenizer, _shown(call, engine) if message.body.get("logprobs") else None)
+            _Passing(
+                message.id, choice, engine.tokenizer, _shown(call, engine) if message.body.get("logprobs") else None
+            )
             for choice in range(len(replies))
         ]
         ended = await asyncio.gather(*[self._pass_on(passing, replies) for passing in passings], return_exceptions=True)
@@ -498,7 +516,7 @@ class _Load:
         if done == total or now - self._said >= _PROGRESS_EVERY_S:
             self._said = now
             request_id = None if self._is_done else self.request_id
-            self._helper.say(m.Loading(id=request_id, model=self._model, done_bytes=done, total_bytes=total))
+            self._helper.say_loading(m.Loading(id=request_id, model=self._model, done_bytes=done, total_bytes=total))
 
 
 def _forget(working: asyncio.Future[Engine]) -> None:
@@ -549,7 +567,8 @@ class _Passing:
             text=token.text,
             logprob=_finite(token.logprob),
             top_logprobs=[
-                m.Alternative(id=other, text=text, logprob=_finite(logprob)) for (other, _), (text, _, logprob) in others
+                m.Alternative(id=other, text=text, logprob=_finite(logprob))
+                for (other, _), (text, _, logprob) in others
             ],
         )
 

@@ -33,9 +33,10 @@ from .settings import ServerSettings
 
 @dataclass
 class Model:
-    """The engine that answers, once it is there; until then `done` bytes of `total` have been loaded."""
+    """The engine that answers, once it is there; until then `done` bytes of `total` have been loaded, if it is coming."""
 
     engine: Engine | None = None
+    is_coming: bool = True
     done: int = 0
     total: int = 0
 
@@ -98,7 +99,9 @@ class _House:
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
         }
-        routes = [Route(path, _with_query(get, _QUERIES.get(path, set())), methods=["GET"]) for path, get in gets.items()]
+        routes = [
+            Route(path, _with_query(get, _QUERIES.get(path, set())), methods=["GET"]) for path, get in gets.items()
+        ]
         routes += [Route(path, _Calls(self, path), methods=["POST"]) for path in PARSERS]
         self._paths = {route.path for route in routes}
         return routes
@@ -111,14 +114,21 @@ class _House:
 
     @property
     def engine(self) -> Engine:
-        if self.model.engine is None:
+        if self.model.engine:
+            return self.model.engine
+        if not self.model.is_coming:
             raise Refused(
-                f"The model is being loaded{self._so_far()}.",
-                code="loading",
+                "There is no model, and none is being loaded.",
+                code="no_model",
                 status=503,
-                hint="Try again; /health says when it is there.",
+                hint="The app that started this server has to load one.",
             )
-        return self.model.engine
+        raise Refused(
+            f"The model is being loaded{self._so_far()}.",
+            code="loading",
+            status=503,
+            hint="Try again; /health says when it is there.",
+        )
 
     def _so_far(self) -> str:
         return f": {100 * self.model.done // self.model.total} %" if self.model.total else ""
@@ -147,6 +157,8 @@ class _House:
 
     async def _health(self, request: Request) -> Response:
         engine = self.model.engine
+        if engine is None and not self.model.is_coming:
+            return JSONResponse({"status": "no_model"}, 503, {"retry-after": "1"})
         if engine is None:
             loading = {"status": "loading", "done_bytes": self.model.done, "total_bytes": self.model.total}
             return JSONResponse(loading, 503, {"retry-after": "1"})
