@@ -560,6 +560,64 @@ def test_a_client_that_does_not_read_is_let_go_of(engine: Engine) -> None:
     assert engine.stats()["requests"]["cancelled"] == before + 1
 
 
+EMBEDDINGS, COMPLETIONS = "/v1/embeddings", "/v1/completions"
+MANY = [[1, 300 + number] for number in range(100)]
+"""More texts than the engine of these tests may run and keep waiting together."""
+
+
+def test_a_long_list_is_embedded_whole_and_in_order(engine: Engine, server: Served) -> None:
+    answer = server.post(EMBEDDINGS, {"input": MANY})
+    assert answer.status == 200
+    assert [one["index"] for one in answer.json["data"]] == list(range(100))
+    assert answer.json["usage"]["prompt_tokens"] == 200
+    for place in (0, 57, 99):
+        vector = engine.embed(MANY[place])
+        scale = sum(value * value for value in vector) ** 0.5
+        assert answer.json["data"][place]["embedding"] == pytest.approx([value / scale for value in vector], abs=1e-4)
+
+
+def test_many_prompts_are_completed_whole_and_streamed(server: Served) -> None:
+    body = {"prompt": MANY, "n": 2, "max_tokens": 1, "temperature": 0}
+    whole = server.post(COMPLETIONS, body)
+    texts = [choice["text"] for choice in whole.json["choices"]]
+    assert (whole.status, len(texts), whole.json["usage"]["prompt_tokens"]) == (200, 200, 200)
+    streamed = [""] * 200
+    for chunk in chunks(server.post(COMPLETIONS, {**body, "stream": True})):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
+
+
+def test_a_list_waits_where_the_queue_has_no_room_for_more_of_it() -> None:
+    with load(max_concurrent=8, max_queue=1) as engine, served(engine) as server:
+        assert server.post(EMBEDDINGS, {"input": MANY[:20]}).status == 200
+
+
+def test_a_long_list_leaves_room_for_others(engine: Engine, server: Served) -> None:
+    with server.connect() as client:
+        client.sendall(posted({"prompt": MANY, "max_tokens": 200, "ignore_eos": True}, path=COMPLETIONS))
+        assert until(lambda: engine.health().running == 4)
+        assert server.post(CHAT, HELLO).status == 200
+        before = engine.stats()["requests"]["finished"]
+        assert engine.health().running + engine.health().queued <= 4
+    # The client has left: the rest is never asked for.
+    assert until(lambda: engine.health().running == engine.health().queued == 0)
+    assert engine.stats()["requests"]["finished"] < before + 50
+
+
+def test_of_a_list_of_which_one_cannot_be_answered_none_is(engine: Engine, server: Served) -> None:
+    before = engine.stats()["requests"]
+    answer = server.post(EMBEDDINGS, {"input": [*MANY, [5] * 5000]})
+    assert (answer.status, answer.code) == (400, "context_length_exceeded")
+    assert engine.stats()["requests"] == before
+
+
+def test_a_list_that_takes_too_long_ends_as_one(engine: Engine) -> None:
+    with served(engine, timeout_s=0.3) as server:
+        answer = server.post(COMPLETIONS, {"prompt": MANY, "max_tokens": 500, "ignore_eos": True})
+        assert (answer.status, answer.code) == (504, "timeout")
+
+
 def test_more_than_the_queue_holds_is_told_to_come_again() -> None:
     with (
         load(max_concurrent=1, max_queue=2) as engine,

@@ -25,7 +25,7 @@ from ..engine.worker import Limits
 from ..page import CONTENT_SECURITY_POLICY, FOLDER, MEDIA_TYPES
 from ..protocol import PARSERS, Refused
 from . import bodies, metrics, openapi, sse
-from .answers import Answers, submit
+from .answers import Answers
 from .guard import Guard, refusal
 from .log import Log
 from .settings import ServerSettings
@@ -33,7 +33,7 @@ from .settings import ServerSettings
 
 @dataclass
 class Model:
-    """The engine that answers, once it is there; until then `done` bytes of `total` have been loaded, if it is coming."""
+    """The engine that answers, once it is there. If it is coming, `done` bytes of `total` have been loaded."""
 
     engine: Engine | None = None
     is_coming: bool = True
@@ -205,13 +205,12 @@ class _Calls:
         with house.place(engine.limits):
             body = await self._body(receive)
             # Long prompts take a while to encode, and others should not wait for that.
-            call = await asyncio.to_thread(PARSERS[self._path], body, engine, aliases=house.settings.aliases)
+            call = await asyncio.to_thread(_understood, self._path, body, engine, house.settings.aliases)
             house.say_prompt(self._path, body)
-            replies = submit(call, engine)
             if call.streams:
-                await house.answers.streamed(call.stream(), replies, receive, send)
+                await house.answers.streamed(call, engine, receive, send)
             else:
-                answer = await house.answers.whole(call, replies, receive)
+                answer = await house.answers.whole(call, engine, receive)
                 await Response(sse.dumped(answer), media_type="application/json")(scope, receive, send)
 
     async def _body(self, receive: Receive) -> dict[str, Any]:
@@ -224,6 +223,14 @@ class _Calls:
                 f"The body took more than {settings.body_s:g} seconds.", code="request_timeout", status=408
             ) from None
         return await asyncio.to_thread(bodies.parsed, data, settings)
+
+
+def _understood(path: str, body: object, engine: Engine, aliases: tuple[str, ...]) -> protocol.Call:
+    """What a body asks, all of which can be answered. Raises `MixtralError`."""
+    call = PARSERS[path](body, engine, aliases=aliases)
+    for request, _ in call.asked:
+        engine.check(request)
+    return call
 
 
 def _with_query(
