@@ -6,6 +6,7 @@ import base64
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -884,6 +885,72 @@ def test_a_full_context_is_told_as_clients_look_for_it(demo: Engine) -> None:
         demo.choices(n, request)
     assert error_body(COMPLETIONS, caught.value)[1]["error"]["code"] == "context_length_exceeded"
     assert error_body(MESSAGES, caught.value)[1]["error"]["message"].startswith("prompt is too long")
+
+
+LONG: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"messages": [{"role": "user", "content": "hello world " * 40_000}]}, "messages"),
+    (RESPONSES, {"input": "hello world " * 40_000}, "input"),
+    (MESSAGES, {"messages": [{"role": "user", "content": "hello world " * 40_000}], "max_tokens": 9}, "messages"),
+    (COMPLETIONS, {"prompt": ["Hi", "hello world " * 40_000]}, "prompt"),
+    (EMBEDDINGS, {"input": ["Hi", "hello world " * 40_000]}, "input"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), LONG)
+def test_what_no_context_holds_is_refused_before_it_is_encoded(
+    path: str, body: dict[str, Any], param: str, demo: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded(*args: object, **how: object) -> list[int]:
+        raise AssertionError("It was encoded.")
+
+    monkeypatch.setattr(Tokenizer, "encode", encoded)
+    monkeypatch.setattr(Tokenizer, "encode_chat", encoded)
+    error = refused(path, body, demo)
+    assert (error.status, error.code, error.param) == (400, "context_full", param)
+
+
+PIECES = st.sampled_from(
+    [" " * 16, " representatives", " straightforward", "a", "\n", "\t", "é", "e\u0301", "😀", "\0"]
+)
+SAID = st.lists(PIECES, min_size=1, max_size=8).map("".join)
+RESULTS = SAID | st.sampled_from(
+    ['{"a":   1,   "b":  [1.50000000000,  "\\u00e9"] }', '"[1,    2]"', "[" * 9000, "9" * 5000]
+)
+
+
+@settings(deadline=None)
+@given(data=st.data(), saids=st.lists(SAID, min_size=1, max_size=4))
+def test_told_from_its_length_a_prompt_is_never_longer_than_it_is(
+    demo: Engine, v3: Engine, data: st.DataObject, saids: list[str]
+) -> None:
+    turns = [Message("system", data.draw(SAID))]
+    for said in saids:
+        turns += [Message("user", said), Message("assistant", "a" + said)]
+    for engine, conversation in (
+        (demo, turns[:-1]),
+        (v3, turns[:-1]),
+        (v3, [*turns, *_with_result(data.draw(RESULTS))]),
+    ):
+        with suppress(PromptError):
+            assert engine.tokenizer.fewest_tokens(conversation) <= len(engine.tokenizer.encode_chat(conversation))
+    text = "".join(saids)
+    assert v3.tokenizer.fewest_tokens(text) <= len(v3.tokenizer.encode(text, bos=False))
+
+
+def _with_result(result: str) -> list[Message]:
+    call = ToolCall("weather", "{}", "abcdefghi")
+    return [Message("user", "?"), Message("assistant", "", (call,)), Message("tool", result, tool_call_id="abcdefghi")]
+
+
+def test_tokens_of_what_no_context_holds_can_be_counted(demo: Engine) -> None:
+    long = {"role": "user", "content": "hello world " * 10_000}
+    for path, body in (
+        (COUNT, {"messages": [long]}),
+        (TOKENIZE, {"prompt": long["content"]}),
+        (TOKENIZE, {"messages": [long]}),
+    ):
+        answer = whole(path, body, demo)
+        assert answer["input_tokens" if path == COUNT else "count"] > demo.context
 
 
 @pytest.mark.parametrize("path", ASKED)

@@ -548,6 +548,42 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten(engine: Engine, server
             reply.cancel()
 
 
+def test_what_a_client_asks_that_left_is_not_even_encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, goes_on, begun = PARSERS[CHAT], threading.Event(), []
+
+    def slowly(body: Any, asks: Any, *, aliases: tuple[str, ...] = ()) -> Any:
+        begun.append(body)
+        goes_on.wait(10)
+        return parse(body, asks, aliases=aliases)
+
+    parsers: dict[str, Any] = PARSERS
+    monkeypatch.setitem(parsers, CHAT, slowly)
+    with served(engine) as server, ExitStack() as clients:
+        for _ in range(40):  # More than there are threads.
+            clients.enter_context(server.connect()).sendall(posted(HELLO))
+        assert until(lambda: bool(begun) and len(server.server.server_state.tasks) == 40)
+        clients.close()
+        assert until(lambda: not server.server.server_state.tasks)
+        goes_on.set()
+    assert len(begun) < 40
+    assert engine.health().running == engine.health().queued == 0
+
+
+def test_counting_tokens_of_long_texts_holds_up_no_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: dict[str, Any] = PARSERS
+    goes_on = threading.Event()
+    for path in ("/tokenize", "/v1/messages/count_tokens"):
+        monkeypatch.setitem(parsers, path, lambda *_, **__: goes_on.wait(10))
+    with served(engine) as server, ExitStack() as clients:
+        for number in range(40):
+            path = ("/tokenize", "/v1/messages/count_tokens")[number % 2]
+            clients.enter_context(server.connect()).sendall(posted({}, path=path))
+        assert until(lambda: len(server.server.server_state.tasks) == 40)
+        assert server.post(CHAT, HELLO).status == 200
+        clients.close()
+        goes_on.set()
+
+
 def test_a_client_that_does_not_read_is_let_go_of(engine: Engine) -> None:
     before = engine.stats()["requests"]["cancelled"]
     with served(engine, stalled_s=0.3, send_buffer=4096) as server, socket.socket() as client:

@@ -13,7 +13,7 @@ from ..engine.tools import ToolChoice
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from .answers import Shown, ShownTokens, Total, check_model, finish_reason, new_id, served, shown_tokens
 from .bodies import Body, TextOr, joined, read
-from .call import Asks, Call, Frame, Refused, Stream, now
+from .call import Asks, Call, Frame, Refused, Stream, check_length, now
 from .conversation import as_prompted
 from .errors import openai_error, refusing
 from .formats import ResponseFormat
@@ -132,9 +132,11 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
             "top_logprobs needs logprobs.", code="bad_value", hint="Set logprobs to true.", param="top_logprobs"
         )
     settings["top_logprobs"] = asked.top_logprobs or 0
+    turns = as_turns(asked.messages)
+    check_length(turns, asks, "messages", asked.max_kv)
     with refusing("messages"):
         request = asks.chat_request(
-            as_turns(asked.messages),
+            turns,
             tools=[as_tool(tool) for tool in asked.tools or ()],
             tool_choice=_choice(asked),
             parallel_tool_calls=asked.parallel_tool_calls is not False,

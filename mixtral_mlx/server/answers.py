@@ -20,7 +20,7 @@ from .metrics import Clock, Metrics
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Send
+    from starlette.types import Send
 
     from ..protocol import Call, Frame, Stream
 
@@ -40,9 +40,9 @@ class Answers:
         for inbox in self._inboxes:
             inbox.put(_shutting_down())
 
-    async def whole(self, call: Call, engine: Engine, receive: Receive) -> dict[str, Any]:
-        """The whole answer. Raises `MixtralError`, and ConnectionError where the client leaves."""
-        async with self._coming(call, engine, receive) as (inbox, replies):
+    async def whole(self, call: Call, engine: Engine, client: asyncio.Future[None]) -> dict[str, Any]:
+        """The whole answer. Raises `MixtralError`, and ConnectionError once `client` is done: it has left."""
+        async with self._coming(call, engine, client) as (inbox, replies):
             while not inbox.is_done:
                 for item in await inbox.take(None):
                     if isinstance(item, BaseException):
@@ -50,9 +50,9 @@ class Answers:
         # The replies have ended, so this waits for nothing.
         return call.answer([await reply for reply in replies])
 
-    async def streamed(self, call: Call, engine: Engine, receive: Receive, send: Send) -> None:
+    async def streamed(self, call: Call, engine: Engine, client: asyncio.Future[None], send: Send) -> None:
         """Send an answer as it comes. Raises what `whole` does where it ends before anything was sent."""
-        pieces = self._pieces(call, engine, receive)
+        pieces = self._pieces(call, engine, client)
         try:
             first = await anext(pieces)
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
@@ -64,9 +64,9 @@ class Answers:
         finally:
             await pieces.aclose()
 
-    async def _pieces(self, call: Call, engine: Engine, receive: Receive) -> AsyncGenerator[bytes]:
+    async def _pieces(self, call: Call, engine: Engine, client: asyncio.Future[None]) -> AsyncGenerator[bytes]:
         stream, begun = call.stream(), False
-        async with self._coming(call, engine, receive) as (inbox, _):
+        async with self._coming(call, engine, client) as (inbox, _):
             while not inbox.is_done:
                 items = await inbox.take(self._settings.waiting_s)
                 error = next((item for item in items if isinstance(item, BaseException)), None)
@@ -86,14 +86,15 @@ class Answers:
 
     @asynccontextmanager
     async def _coming(
-        self, call: Call, engine: Engine, receive: Receive
+        self, call: Call, engine: Engine, client: asyncio.Future[None]
     ) -> AsyncGenerator[tuple[_Inbox, Sequence[Reply]]]:
         """Where all that happens to an answer comes together; what has not ended when it is left is cancelled."""
         inbox = _Inbox(sum(n for _, n in call.asked))
         asking = _Asking(engine, inbox, self._metrics)
         asking.begin(call.asked)
         self._inboxes.add(inbox)
-        tasks = [asyncio.ensure_future(watch) for watch in (asking.go_on(), _until_gone(receive, inbox))]
+        others = asyncio.ensure_future(asking.go_on())
+        client.add_done_callback(inbox.client_left)
         late = asyncio.get_running_loop().call_later(self._settings.timeout_s, lambda: inbox.put(self._too_late()))
         if self.is_stopping:
             inbox.put(_shutting_down())
@@ -102,9 +103,9 @@ class Answers:
         finally:
             late.cancel()
             self._inboxes.discard(inbox)
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            client.remove_done_callback(inbox.client_left)
+            others.cancel()
+            await asyncio.wait([others])
             await asking.end()
 
     def _too_late(self) -> EngineError:
@@ -134,6 +135,9 @@ class _Inbox:
     def put(self, item: _Item) -> None:
         self._items.append(item)
         self._has_some.set()
+
+    def client_left(self, _: object = None) -> None:
+        self.put(ConnectionError("The client left."))
 
     async def take(self, timeout_s: float | None) -> list[_Item]:
         """All there is, once there is something; nothing where that takes too long."""
@@ -217,12 +221,6 @@ async def _pump(place: int, reply: Reply, inbox: _Inbox, metrics: Metrics) -> No
             inbox.put((place, event))
     except Exception as error:
         inbox.put(error)
-
-
-async def _until_gone(receive: Receive, inbox: _Inbox) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    inbox.put(ConnectionError("The client left."))
 
 
 def _part(stream: Stream, item: tuple[int, Event]) -> bytes:

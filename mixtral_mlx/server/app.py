@@ -5,8 +5,10 @@ Who may ask is the guard's business, what a request means `protocol`'s."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +79,11 @@ _LOOKED_AT_S = 5.0
 """So long after being asked for them, choices of experts are counted."""
 
 
+_COUNTING = frozenset({"/tokenize", "/v1/messages/count_tokens"})
+"""Paths for texts of any length. They have threads of their own, so that they hold up no one who wants an answer."""
+_COUNTING_THREADS = 2
+
+
 class _House:
     """All that the routes share."""
 
@@ -87,6 +94,7 @@ class _House:
         self.answers = Answers(settings, self.metrics)
         self._log = log
         self._calls = 0
+        self._counting = ThreadPoolExecutor(_COUNTING_THREADS, "mixtral-counting")
         self._paths: set[str] = set()
 
     def routes(self) -> list[Route]:
@@ -149,6 +157,20 @@ class _House:
         finally:
             self._calls -= 1
 
+    async def understood(self, path: str, body: object, engine: Engine, client: asyncio.Future[None]) -> protocol.Call:
+        """What a body asks. Not begun for a client that has left by then: long prompts take a while to encode."""
+        pool = self._counting if path in _COUNTING else None
+        work = functools.partial(_understood, path, body, engine, self.settings.aliases)
+        understanding = asyncio.get_running_loop().run_in_executor(pool, work)
+        either: list[asyncio.Future[Any]] = [understanding, client]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if understanding.done():
+                return understanding.result()
+            raise ConnectionError("The client left.")
+        finally:
+            understanding.cancel()
+
     def say_prompt(self, path: str, body: dict[str, Any]) -> None:
         if self._log and self.settings.log_prompts:
             self._log.complain(f"{path} {sse.dumped(body)}")
@@ -204,14 +226,14 @@ class _Calls:
         engine = house.engine
         with house.place(engine.limits):
             body = await self._body(receive)
-            # Long prompts take a while to encode, and others should not wait for that.
-            call = await asyncio.to_thread(_understood, self._path, body, engine, house.settings.aliases)
-            house.say_prompt(self._path, body)
-            if call.streams:
-                await house.answers.streamed(call, engine, receive, send)
-            else:
-                answer = await house.answers.whole(call, engine, receive)
-                await Response(sse.dumped(answer), media_type="application/json")(scope, receive, send)
+            async with _watched(receive) as client:
+                call = await house.understood(self._path, body, engine, client)
+                house.say_prompt(self._path, body)
+                if call.streams:
+                    await house.answers.streamed(call, engine, client, send)
+                else:
+                    answer = await house.answers.whole(call, engine, client)
+                    await Response(sse.dumped(answer), media_type="application/json")(scope, receive, send)
 
     async def _body(self, receive: Receive) -> dict[str, Any]:
         settings = self._house.settings
@@ -223,6 +245,21 @@ class _Calls:
                 f"The body took more than {settings.body_s:g} seconds.", code="request_timeout", status=408
             ) from None
         return await asyncio.to_thread(bodies.parsed, data, settings)
+
+
+@asynccontextmanager
+async def _watched(receive: Receive) -> AsyncIterator[asyncio.Future[None]]:
+    """Done once the client has left."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    client = asyncio.ensure_future(gone())
+    try:
+        yield client
+    finally:
+        client.cancel()
 
 
 def _understood(path: str, body: object, engine: Engine, aliases: tuple[str, ...]) -> protocol.Call:
