@@ -32,8 +32,11 @@ from mixtral_mlx.engine.request import Text as Rest
 from mixtral_mlx.generate import Text, Usage
 from mixtral_mlx.prompt import Message, PromptError, Tokenizer, ToolCall
 from mixtral_mlx.protocol import PARSERS, Call, Frame, Refused, error_body, model, models, openapi, shapes
+from mixtral_mlx.protocol import anthropic as messages
+from mixtral_mlx.protocol import openai_chat as chat
+from mixtral_mlx.protocol import responses as replies
 from mixtral_mlx.protocol.conversation import as_prompted
-from mixtral_mlx.protocol.fields import FIELDS, as_markdown
+from mixtral_mlx.protocol.fields import ENTRIES, FIELDS, as_markdown
 from mixtral_mlx.protocol.openapi import ANSWERS, BODIES
 from tests.checkpoints import TINY, write_tiny
 from tests.protocol_samples import CHAT_TOOL, LEAST, MESSAGES_TOOL, ONLY_ONE_VALUE, RESPONSES_TOOL, USER, VALUES, WITH
@@ -113,6 +116,57 @@ def test_every_field_of_the_real_clients_is_in_the_table(path: str, params: Any)
 def test_the_models_have_the_fields_that_are_read_and_no_other(path: str) -> None:
     read = {name for name, field in FIELDS[path].items() if field.treatment in ("honoured", "label")}
     assert BODIES[path].model_fields.keys() == read == VALUES[path].keys()
+
+
+_MESSAGES_MODELS: dict[str, list[Any]] = {
+    "messages[]": [messages.UserMessage, messages.AssistantMessage, messages.SystemMessage],
+    "messages[].content[]": [messages.TextBlock, messages.ToolUseBlock, messages.ToolResultBlock],
+}
+MODELS: dict[str, dict[str, list[Any]]] = {
+    CHAT: {
+        "messages[]": [chat.SystemMessage, chat.UserMessage, chat.AssistantMessage, chat.ToolMessage],
+        "messages[].content[]": [chat.TextPart],
+    },
+    RESPONSES: {
+        "input[]": [replies.MessageItem, replies.CallItem, replies.OutputItem],
+        "input[].content[]": [replies.InputText, replies.OutputText],
+    },
+    MESSAGES: _MESSAGES_MODELS,
+    COUNT: _MESSAGES_MODELS,
+}
+
+
+def test_entries_of_lists_have_the_fields_that_the_table_says() -> None:
+    found = {
+        path: {where: {name for one in them for name in one.model_fields} for where, them in lists.items()}
+        for path, lists in MODELS.items()
+    }
+    assert found == {path: {where: {*them} for where, them in lists.items()} for path, lists in ENTRIES.items()}
+
+
+@pytest.mark.parametrize("role", ["System", "Developer", "User", "Assistant", "Tool"])
+def test_every_field_of_a_message_of_the_real_client_is_in_the_table(role: str) -> None:
+    params = getattr(openai_chat, f"ChatCompletion{role}MessageParam")
+    assert typing_extensions.get_type_hints(params).keys() <= ENTRIES[CHAT]["messages[]"].keys()
+
+
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+def test_names_of_those_who_speak_change_nothing(path: str, v3: Engine) -> None:
+    calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    turns: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "Sunny."},
+        USER,
+    ]
+    named = [{**turn, "name": "ann"} for turn in turns]
+    assert effect(path, {"messages": named}, v3) == effect(path, {"messages": turns}, v3)
+    for place, turn in enumerate(turns):
+        error = refused(path, {"messages": [*turns[:place], {**turn, "name": 7}]}, v3)
+        assert error.param == f"messages.{place}.name"
 
 
 @pytest.mark.parametrize(

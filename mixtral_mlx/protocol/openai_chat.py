@@ -33,12 +33,16 @@ class TextPart(Body):
 Content = TextOr[list[Annotated[TextPart, Tag("text")]]]
 
 
-class SystemMessage(Body):
+class _Message(Body):
+    name: str | None = None  # Mixtral's template has no place for it.
+
+
+class SystemMessage(_Message):
     role: Literal["system", "developer"]
     content: Content
 
 
-class UserMessage(Body):
+class UserMessage(_Message):
     role: Literal["user"]
     content: Content
 
@@ -54,7 +58,7 @@ class CalledTool(Body):
     function: CalledFunction
 
 
-class AssistantMessage(Body):
+class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
     tool_calls: list[CalledTool] | None = None
@@ -64,11 +68,10 @@ class AssistantMessage(Body):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class ToolMessage(Body):
+class ToolMessage(_Message):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
-    name: str | None = None  # That of the call, which tool_call_id tells already.
 
 
 AnyMessage = Annotated[
