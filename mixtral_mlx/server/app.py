@@ -82,6 +82,7 @@ _LOOKED_AT_S = 5.0
 _COUNTING = frozenset({"/tokenize", "/v1/messages/count_tokens"})
 """Paths for texts of any length. They have threads of their own, so that they hold up no one who wants an answer."""
 _COUNTING_THREADS = 2
+_ENCODING_THREADS = 8
 
 
 class _House:
@@ -94,6 +95,7 @@ class _House:
         self.answers = Answers(settings, self.metrics)
         self._log = log
         self._calls = 0
+        self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, "mixtral-encoding")
         self._counting = ThreadPoolExecutor(_COUNTING_THREADS, "mixtral-counting")
         self._paths: set[str] = set()
 
@@ -159,7 +161,7 @@ class _House:
 
     async def understood(self, path: str, body: object, engine: Engine, client: asyncio.Future[None]) -> protocol.Call:
         """What a body asks. Not begun for a client that has left by then: long prompts take a while to encode."""
-        pool = self._counting if path in _COUNTING else None
+        pool = self._counting if path in _COUNTING else self._encoding
         work = functools.partial(_understood, path, body, engine, self.settings.aliases)
         understanding = asyncio.get_running_loop().run_in_executor(pool, work)
         either: list[asyncio.Future[Any]] = [understanding, client]
