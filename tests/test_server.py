@@ -671,7 +671,9 @@ def test_more_than_the_queue_holds_is_told_to_come_again() -> None:
 
 def test_more_requests_than_may_run_and_wait_are_not_even_read() -> None:
     with load(max_concurrent=1, max_queue=2) as engine, served(engine) as server, ExitStack() as clients:
-        for _ in range(3):
+        clients.enter_context(server.connect()).sendall(posted(ENDLESS))
+        assert until(lambda: engine.health().running == 1)
+        for _ in range(2):
             clients.enter_context(server.connect()).sendall(posted(ENDLESS))
         assert until(lambda: engine.health().queued == 2)
         answer = server.post(CHAT, b"{")
