@@ -122,6 +122,15 @@ class Tokenizer:
             ) from error
         return ids
 
+    def fewest_tokens(self, told: str | Sequence[Message]) -> int:
+        """No fewer tokens than this has a text, or a conversation as a prompt: told from its length, not encoded."""
+        characters = len(told) if isinstance(told, str) else _characters(told)
+        return -(-characters // self._longest_piece)
+
+    @cached_property
+    def _longest_piece(self) -> int:
+        return max(len(self.piece(token)) for token in range(self.vocab_size))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` taken as a text of its own, as sentencepiece decodes it."""
         stream = self.detokenizer()
@@ -380,6 +389,28 @@ def _numbered(calls: Sequence[ToolCall], message: int) -> tuple[ToolCall, ...]:
         else replace(call, id=hashlib.sha256((call.id or f"{message}.{place}").encode()).hexdigest()[:9])
         for place, call in enumerate(calls)
     )
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    """Characters of a conversation that are in its prompt for certain; some of the others may be."""
+    last_user = max((place for place, message in enumerate(messages) if message.role == "user"), default=-1)
+    count = 0
+    for place, message in enumerate(messages):
+        if message.role != "tool":
+            count += len(message.content.rstrip(" ") if message.role == "assistant" else message.content)
+        elif place > last_user:  # Results before that are left out by mistral-common.
+            count += _characters_of_result(message.content)
+    return count
+
+
+def _characters_of_result(content: str) -> int:
+    """A tool's result is written anew where it is JSON, which may be shorter."""
+    try:
+        return len(json.dumps(json.loads(content), ensure_ascii=False))
+    except json.JSONDecodeError:
+        return len(content)
+    except (ValueError, RecursionError):  # It cannot be written at all, which is said where that is tried.
+        return 0
 
 
 def _request(messages: Iterable[Message], tools: Sequence[Tool]) -> ChatCompletionRequest[Any]:

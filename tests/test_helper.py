@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -13,10 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import httpx
 import openai
 import pytest
 from jsonschema import Draft202012Validator
@@ -25,6 +27,9 @@ import mixtral_mlx
 from mixtral_mlx.helper import messages
 from mixtral_mlx.helper.helper import Helper, _Load
 from mixtral_mlx.helper.life import end_of
+from mixtral_mlx.protocol import PARSERS
+
+from .serving import posted
 
 PACKAGE = Path(mixtral_mlx.__file__).parent
 SCHEMA = json.loads((PACKAGE / "helper" / "schema.json").read_text())
@@ -60,6 +65,7 @@ class App:
         self.log = b""
         self._begun = b""
         self._lines: list[bytes] = []
+        self.ready: dict[str, Any] = {}
 
     def send(self, **message: Any) -> None:
         TO_HELPER.validate(message)
@@ -143,7 +149,7 @@ def started(*arguments: str, **how: Any) -> Iterator[App]:
 @contextmanager
 def loaded(*arguments: str, **how: Any) -> Iterator[App]:
     with started("--model", "demo", *arguments, **how) as app:
-        app.until("ready")
+        app.ready = app.until("ready")[-1]
         yield app
 
 
@@ -264,6 +270,19 @@ def test_logprobs_come_with_the_text_they_belong_to(shared: App) -> None:
     for token in tokens:
         assert len(token["top_logprobs"]) == 3
         assert token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"])  # The likeliest was taken.
+
+
+def test_likely_tokens_are_written_as_over_http(shared: App) -> None:
+    body = {"messages": HELLO, "temperature": 0, "max_tokens": 5, "logprobs": True, "top_logprobs": 20}
+    came = shared.ask("likely", type="chat", body=body)
+    tokens = [token for one in came if one["type"] == "text" for token in one["tokens"]]
+    with mixtral_mlx.load() as engine:
+        call = PARSERS["/v1/chat/completions"](body, engine)
+        answer = call.answer([engine.submit(call.asked[0][0]).result()])
+    expected = [entry["top_logprobs"] for entry in answer["choices"][0]["logprobs"]["content"]]
+    likely = [[other["text"] for other in token["top_logprobs"]] for token in tokens]
+    assert likely == [[other["token"] for other in entry] for entry in expected]
+    assert any(text.startswith(" ") for text in likely[1])
 
 
 def test_statistics_count_what_was_done() -> None:
@@ -615,6 +634,42 @@ def test_serve_opens_the_api_with_a_key_of_its_own_until_the_end() -> None:
         assert app.ends() == 0
 
 
+def test_over_http_a_helper_without_a_model_says_so(tmp_path: Path) -> None:
+    with silent_hub() as environment, loaded("--serve", env=environment) as app:
+        url, key = app.ready["serving"]["url"], app.ready["serving"]["key"]
+
+        def health() -> Any:
+            return httpx.get(f"{url}/health").json()
+
+        assert health() == {"status": "ok", "state": "ready"}
+        assert app.ask("1", type="unload")[-1]["type"] == "ok"
+        assert health() == {"status": "no_model"}
+        app.send(type="load", id="hangs", model="some/model")
+        assert app.ask("2", type="stats")[0]["state"] == "loading"
+        deadline = time.monotonic() + _PATIENCE_S
+        while health() != {"status": "loading", "done_bytes": 0, "total_bytes": 0}:
+            assert time.monotonic() < deadline
+        app.send(type="cancel", id="stop", request="hangs")
+        assert app.until("error", id="hangs")[-1]["code"] == "cancelled"
+        assert health() == {"status": "no_model"}
+        assert app.ask("3", type="load", model="demo")[-1]["type"] == "ready"
+        assert app.ask("4", type="load", model=str(tmp_path))[-1]["code"] == "no_config"
+        answer = httpx.get(f"{url}/v1/models", headers={"x-api-key": key})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_model")
+
+
+def test_over_http_as_many_requests_are_taken_as_may_run_and_wait() -> None:
+    with loaded("--serve", "--max-queue", "150", "--max-concurrent", "2") as app, ExitStack() as clients:
+        serving = app.ready["serving"]
+        port, key = int(serving["url"].rpartition(":")[2]), serving["key"]
+        for _ in range(140):
+            client = clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            client.sendall(posted(ENDLESS, headers=f"x-api-key: {key}\r\n"))
+        deadline = time.monotonic() + _PATIENCE_S
+        while (stats := app.ask("many", type="stats")[0])["running"] + stats["queued"] < 140:
+            assert time.monotonic() < deadline, stats
+
+
 # The end.
 
 
@@ -693,6 +748,25 @@ def test_a_second_sigterm_ends_it_at_once() -> None:
         app.process.send_signal(signal.SIGTERM)
         app.process.send_signal(signal.SIGTERM)
         assert app.ends() == 0
+
+
+def test_ctrl_c_in_its_parents_terminal_is_for_the_parent(shared: App) -> None:
+    shared.send(type="chat", id="interrupted", body={"messages": HELLO, "max_tokens": 60, "min_tokens": 60})
+    shared.until("text")
+    shared.process.send_signal(signal.SIGINT)
+    assert shared.until("done", id="interrupted")[-1]["finish_reasons"] == ["length"]
+    assert shared.ask("after-interrupt", type="stats")[-1]["state"] == "ready"
+
+
+def test_ctrl_c_in_a_terminal_of_its_own_ends_it() -> None:
+    ours, its = pty.openpty()
+    with started(stdin=its) as app:
+        app.next()
+        app.process.send_signal(signal.SIGINT)
+        assert app.rest() == [{"type": "bye", "reason": "signal"}]
+        assert app.ends() == 0
+    os.close(ours)
+    os.close(its)
 
 
 def test_it_ends_with_another_process_that_is_named() -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ from mixtral_mlx.engine.request import Text as Rest
 from mixtral_mlx.generate import Text, Usage
 from mixtral_mlx.prompt import Message, PromptError, Tokenizer, ToolCall
 from mixtral_mlx.protocol import PARSERS, Call, Frame, Refused, error_body, model, models, openapi, shapes
+from mixtral_mlx.protocol import anthropic as messages
+from mixtral_mlx.protocol import openai_chat as chat
+from mixtral_mlx.protocol import responses as replies
 from mixtral_mlx.protocol.conversation import as_prompted
-from mixtral_mlx.protocol.fields import FIELDS, as_markdown
+from mixtral_mlx.protocol.fields import ENTRIES, FIELDS, as_markdown
 from mixtral_mlx.protocol.openapi import ANSWERS, BODIES
 from tests.checkpoints import TINY, write_tiny
 from tests.protocol_samples import CHAT_TOOL, LEAST, MESSAGES_TOOL, ONLY_ONE_VALUE, RESPONSES_TOOL, USER, VALUES, WITH
@@ -114,6 +118,57 @@ def test_the_models_have_the_fields_that_are_read_and_no_other(path: str) -> Non
     assert BODIES[path].model_fields.keys() == read == VALUES[path].keys()
 
 
+_MESSAGES_MODELS: dict[str, list[Any]] = {
+    "messages[]": [messages.UserMessage, messages.AssistantMessage, messages.SystemMessage],
+    "messages[].content[]": [messages.TextBlock, messages.ToolUseBlock, messages.ToolResultBlock],
+}
+MODELS: dict[str, dict[str, list[Any]]] = {
+    CHAT: {
+        "messages[]": [chat.SystemMessage, chat.UserMessage, chat.AssistantMessage, chat.ToolMessage],
+        "messages[].content[]": [chat.TextPart],
+    },
+    RESPONSES: {
+        "input[]": [replies.MessageItem, replies.CallItem, replies.OutputItem],
+        "input[].content[]": [replies.InputText, replies.OutputText],
+    },
+    MESSAGES: _MESSAGES_MODELS,
+    COUNT: _MESSAGES_MODELS,
+}
+
+
+def test_entries_of_lists_have_the_fields_that_the_table_says() -> None:
+    found = {
+        path: {where: {name for one in them for name in one.model_fields} for where, them in lists.items()}
+        for path, lists in MODELS.items()
+    }
+    assert found == {path: {where: {*them} for where, them in lists.items()} for path, lists in ENTRIES.items()}
+
+
+@pytest.mark.parametrize("role", ["System", "Developer", "User", "Assistant", "Tool"])
+def test_every_field_of_a_message_of_the_real_client_is_in_the_table(role: str) -> None:
+    params = getattr(openai_chat, f"ChatCompletion{role}MessageParam")
+    assert typing_extensions.get_type_hints(params).keys() <= ENTRIES[CHAT]["messages[]"].keys()
+
+
+@pytest.mark.parametrize("path", [CHAT, TOKENIZE])
+def test_names_of_those_who_speak_change_nothing(path: str, v3: Engine) -> None:
+    calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    turns: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "Sunny."},
+        USER,
+    ]
+    named = [{**turn, "name": "ann"} for turn in turns]
+    assert effect(path, {"messages": named}, v3) == effect(path, {"messages": turns}, v3)
+    for place, turn in enumerate(turns):
+        error = refused(path, {"messages": [*turns[:place], {**turn, "name": 7}]}, v3)
+        assert error.param == f"messages.{place}.name"
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [(path, name) for path in FIELDS for name, field in FIELDS[path].items() if field.treatment == "refused"],
@@ -139,6 +194,7 @@ def test_a_fixed_field_takes_what_is_done_in_any_case_only(path: str, name: str,
     for value in ("other", 1, 0, True, [], {"type": "enabled", "budget_tokens": 1024}):
         error = refused(path, {**LEAST[path], name: value}, v3)
         assert (error.param, error.code) == (name, "unsupported_value")
+        assert all(json.dumps(allowed) in str(error) for allowed in FIELDS[path][name].values)
 
 
 def effect(path: str, body: dict[str, Any], engine: Engine) -> str:
@@ -336,6 +392,19 @@ def test_the_list_of_models_is_read_by_both_kinds_of_clients(v3: Engine) -> None
     assert [openai.Model.model_validate(one).id for one in answer["data"]] == ["model"]
     assert anthropic.ModelInfo.model_validate(answer["data"][0]).max_input_tokens == v3.context
     assert shapes.Models.model_validate(answer).data == [shapes.Model.model_validate(model(v3))]
+
+
+def test_a_list_of_one_has_nothing_before_or_after_it(v3: Engine) -> None:
+    for page in ({"limit": "1"}, {"limit": "1000"}):
+        assert models(v3, page) == models(v3)
+    for page in ({"after_id": "model"}, {"before_id": "model", "limit": "5"}):
+        answer = models(v3, page)
+        assert (answer["data"], answer["first_id"], answer["has_more"]) == ([], None, False)
+        shapes.Models.model_validate(answer)
+    for name, value in (("limit", "0"), ("limit", "1001"), ("limit", "x"), ("after_id", "gpt-4o"), ("before_id", "")):
+        with pytest.raises(Refused, match=f"{name} is '{value}', expected") as caught:
+            models(v3, {name: value})
+        assert (caught.value.status, caught.value.param) == (400, name)
 
 
 def test_where_the_model_lies_is_told_to_nobody(v3: Engine) -> None:
@@ -867,6 +936,7 @@ FAULTS: list[tuple[MixtralError, int, str, str]] = [
     (Refused("No.", code="bad_key", status=401), 401, "authentication_error", "authentication_error"),
     (EngineError("Full.", code="queue_full", retryable=True), 429, "rate_limit_error", "rate_limit_error"),
     (EngineError("Closed.", code="closed"), 503, "server_error", "overloaded_error"),
+    (EngineError("Too late.", code="timeout"), 504, "server_error", "timeout_error"),
     (EngineError("Failed.", code="step_failed", retryable=True), 500, "server_error", "api_error"),
     (EngineError("Too much.", code="over_budget"), 400, "invalid_request_error", "invalid_request_error"),
     (PromptError("Odd.", code="bad_conversation"), 400, "invalid_request_error", "invalid_request_error"),
@@ -894,6 +964,72 @@ def test_a_full_context_is_told_as_clients_look_for_it(demo: Engine) -> None:
         demo.choices(n, request)
     assert error_body(COMPLETIONS, caught.value)[1]["error"]["code"] == "context_length_exceeded"
     assert error_body(MESSAGES, caught.value)[1]["error"]["message"].startswith("prompt is too long")
+
+
+LONG: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"messages": [{"role": "user", "content": "hello world " * 40_000}]}, "messages"),
+    (RESPONSES, {"input": "hello world " * 40_000}, "input"),
+    (MESSAGES, {"messages": [{"role": "user", "content": "hello world " * 40_000}], "max_tokens": 9}, "messages"),
+    (COMPLETIONS, {"prompt": ["Hi", "hello world " * 40_000]}, "prompt"),
+    (EMBEDDINGS, {"input": ["Hi", "hello world " * 40_000]}, "input"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), LONG)
+def test_what_no_context_holds_is_refused_before_it_is_encoded(
+    path: str, body: dict[str, Any], param: str, demo: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded(*args: object, **how: object) -> list[int]:
+        raise AssertionError("It was encoded.")
+
+    monkeypatch.setattr(Tokenizer, "encode", encoded)
+    monkeypatch.setattr(Tokenizer, "encode_chat", encoded)
+    error = refused(path, body, demo)
+    assert (error.status, error.code, error.param) == (400, "context_full", param)
+
+
+PIECES = st.sampled_from(
+    [" " * 16, " representatives", " straightforward", "a", "\n", "\t", "é", "e\u0301", "😀", "\0"]
+)
+SAID = st.lists(PIECES, min_size=1, max_size=8).map("".join)
+RESULTS = SAID | st.sampled_from(
+    ['{"a":   1,   "b":  [1.50000000000,  "\\u00e9"] }', '"[1,    2]"', "[" * 9000, "9" * 5000]
+)
+
+
+@settings(deadline=None)
+@given(data=st.data(), saids=st.lists(SAID, min_size=1, max_size=4))
+def test_told_from_its_length_a_prompt_is_never_longer_than_it_is(
+    demo: Engine, v3: Engine, data: st.DataObject, saids: list[str]
+) -> None:
+    turns = [Message("system", data.draw(SAID))]
+    for said in saids:
+        turns += [Message("user", said), Message("assistant", "a" + said)]
+    for engine, conversation in (
+        (demo, turns[:-1]),
+        (v3, turns[:-1]),
+        (v3, [*turns, *_with_result(data.draw(RESULTS))]),
+    ):
+        with suppress(PromptError):
+            assert engine.tokenizer.fewest_tokens(conversation) <= len(engine.tokenizer.encode_chat(conversation))
+    text = "".join(saids)
+    assert v3.tokenizer.fewest_tokens(text) <= len(v3.tokenizer.encode(text, bos=False))
+
+
+def _with_result(result: str) -> list[Message]:
+    call = ToolCall("weather", "{}", "abcdefghi")
+    return [Message("user", "?"), Message("assistant", "", (call,)), Message("tool", result, tool_call_id="abcdefghi")]
+
+
+def test_tokens_of_what_no_context_holds_can_be_counted(demo: Engine) -> None:
+    long = {"role": "user", "content": "hello world " * 10_000}
+    for path, body in (
+        (COUNT, {"messages": [long]}),
+        (TOKENIZE, {"prompt": long["content"]}),
+        (TOKENIZE, {"messages": [long]}),
+    ):
+        answer = whole(path, body, demo)
+        assert answer["input_tokens" if path == COUNT else "count"] > demo.context
 
 
 @pytest.mark.parametrize("path", ASKED)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
@@ -95,6 +95,10 @@ def get(path: str = "/health", headers: str = "") -> bytes:
     return GET.format(path, headers).encode("latin-1")
 
 
+def at(address: str, *, host: str) -> bytes:
+    return f"GET http://{address}/health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+
+
 def head(*headers: str, path: str = CHAT) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1")
@@ -120,7 +124,19 @@ class Wire:
 WIRE = [
     Wire("a plain request", get(), (200,), True),
     Wire("a trailing question mark", get("/v1/models?"), (200,), True),
-    Wire("an unknown query", get("/v1/models?limit=3"), (400,), True),
+    Wire("an unknown query", get("/v1/models?colour=3"), (400,), True),
+    Wire("a whole address", get("http://127.0.0.1:8000/v1/models"), (200,), True),
+    Wire("a whole address in capitals", get("HTTP://LOCALHOST/v1/models?limit=1"), (200,), True),
+    Wire("a whole address without a path", get("http://localhost"), (200,), True),
+    Wire("a whole address with nothing but a query", get("http://localhost?a=1"), (200,), True),
+    Wire("a whole address after a foreign Host", at("localhost", host="evil.example"), (200,), True),
+    Wire("a foreign address", at("evil.example", host="localhost"), (403,), True),
+    Wire("a whole address with a name before it", get("http://localhost@evil.example/health"), (403,), True),
+    Wire("an address of nobody", get("http:///health"), (400,), True),
+    Wire("a whole address and no Host", b"GET http://localhost/health HTTP/1.1\r\n\r\n", (400,)),
+    Wire("an address of another scheme", get("https://localhost/health"), (421,)),
+    Wire("a part of the models", get("/v1/models?limit=20&beta=true"), (200,), True),
+    Wire("a part of no length", get("/v1/models?limit=0"), (400,), True),
     Wire("HEAD", b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n", (200,), True, to_head=True),
     Wire(
         "HEAD where only POST is",
@@ -451,6 +467,16 @@ def test_the_page_is_served_without_the_key_and_may_run_nothing_but_its_own(engi
         assert called(app, {**HERE, "x-api-key": "secret"}, method="GET", path=path).status == 404
 
 
+def test_a_model_is_found_by_every_name_it_may_be_asked_by(engine: Engine) -> None:
+    app = create_app(engine, ServerSettings(aliases=("claude-*",)))
+    (listed,) = called(app, HERE, method="GET", path="/v1/models").json["data"]
+    for name in ("demo", "default", "claude-sonnet-4-5"):
+        answer = called(app, HERE, method="GET", path=f"/v1/models/{name}")
+        assert (answer.status, answer.json) == (200, listed)
+    answer = called(app, HERE, method="GET", path="/v1/models/gpt-4o")
+    assert (answer.status, answer.code) == (404, "model_not_found")
+
+
 def test_choices_of_experts_are_counted_while_somebody_asks_for_them(engine: Engine) -> None:
     app = create_app(engine)
     engine.reset_routing()
@@ -524,6 +550,42 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten(engine: Engine, server
             reply.cancel()
 
 
+def test_what_a_client_asks_that_left_is_not_even_encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, goes_on, begun = PARSERS[CHAT], threading.Event(), []
+
+    def slowly(body: Any, asks: Any, *, aliases: tuple[str, ...] = ()) -> Any:
+        begun.append(body)
+        goes_on.wait(10)
+        return parse(body, asks, aliases=aliases)
+
+    parsers: dict[str, Any] = PARSERS
+    monkeypatch.setitem(parsers, CHAT, slowly)
+    with served(engine) as server, ExitStack() as clients:
+        for _ in range(40):  # More than there are threads.
+            clients.enter_context(server.connect()).sendall(posted(HELLO))
+        assert until(lambda: bool(begun) and len(server.server.server_state.tasks) == 40)
+        clients.close()
+        assert until(lambda: not server.server.server_state.tasks)
+        goes_on.set()
+    assert len(begun) < 40
+    assert engine.health().running == engine.health().queued == 0
+
+
+def test_counting_tokens_of_long_texts_holds_up_no_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: dict[str, Any] = PARSERS
+    goes_on = threading.Event()
+    for path in ("/tokenize", "/v1/messages/count_tokens"):
+        monkeypatch.setitem(parsers, path, lambda *_, **__: goes_on.wait(10))
+    with served(engine) as server, ExitStack() as clients:
+        for number in range(40):
+            path = ("/tokenize", "/v1/messages/count_tokens")[number % 2]
+            clients.enter_context(server.connect()).sendall(posted({}, path=path))
+        assert until(lambda: len(server.server.server_state.tasks) == 40)
+        assert server.post(CHAT, HELLO).status == 200
+        clients.close()
+        goes_on.set()
+
+
 def test_a_client_that_does_not_read_is_let_go_of(engine: Engine) -> None:
     before = engine.stats()["requests"]["cancelled"]
     with served(engine, stalled_s=0.3, send_buffer=4096) as server, socket.socket() as client:
@@ -536,27 +598,95 @@ def test_a_client_that_does_not_read_is_let_go_of(engine: Engine) -> None:
     assert engine.stats()["requests"]["cancelled"] == before + 1
 
 
+EMBEDDINGS, COMPLETIONS = "/v1/embeddings", "/v1/completions"
+MANY = [[1, 300 + number] for number in range(100)]
+"""More texts than the engine of these tests may run and keep waiting together."""
+
+
+def test_a_long_list_is_embedded_whole_and_in_order(engine: Engine, server: Served) -> None:
+    answer = server.post(EMBEDDINGS, {"input": MANY})
+    assert answer.status == 200
+    assert [one["index"] for one in answer.json["data"]] == list(range(100))
+    assert answer.json["usage"]["prompt_tokens"] == 200
+    for place in (0, 57, 99):
+        vector = engine.embed(MANY[place])
+        scale = sum(value * value for value in vector) ** 0.5
+        assert answer.json["data"][place]["embedding"] == pytest.approx([value / scale for value in vector], abs=1e-4)
+
+
+def test_many_prompts_are_completed_whole_and_streamed(server: Served) -> None:
+    body = {"prompt": MANY, "n": 2, "max_tokens": 1, "temperature": 0}
+    whole = server.post(COMPLETIONS, body)
+    texts = [choice["text"] for choice in whole.json["choices"]]
+    assert (whole.status, len(texts), whole.json["usage"]["prompt_tokens"]) == (200, 200, 200)
+    streamed = [""] * 200
+    for chunk in chunks(server.post(COMPLETIONS, {**body, "stream": True})):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
+
+
+def test_a_list_waits_where_the_queue_has_no_room_for_more_of_it() -> None:
+    with load(max_concurrent=8, max_queue=1) as engine, served(engine) as server:
+        assert server.post(EMBEDDINGS, {"input": MANY[:20]}).status == 200
+
+
+def test_a_long_list_leaves_room_for_others(engine: Engine, server: Served) -> None:
+    with server.connect() as client:
+        client.sendall(posted({"prompt": MANY, "max_tokens": 200, "ignore_eos": True}, path=COMPLETIONS))
+        assert until(lambda: engine.health().running == 4)
+        assert server.post(CHAT, HELLO).status == 200
+        before = engine.stats()["requests"]["finished"]
+        assert engine.health().running + engine.health().queued <= 4
+    # The client has left: the rest is never asked for.
+    assert until(lambda: engine.health().running == engine.health().queued == 0)
+    assert engine.stats()["requests"]["finished"] < before + 50
+
+
+def test_of_a_list_of_which_one_cannot_be_answered_none_is(engine: Engine, server: Served) -> None:
+    before = engine.stats()["requests"]
+    answer = server.post(EMBEDDINGS, {"input": [*MANY, [5] * 5000]})
+    assert (answer.status, answer.code) == (400, "context_length_exceeded")
+    assert engine.stats()["requests"] == before
+
+
+def test_a_list_that_takes_too_long_ends_as_one(engine: Engine) -> None:
+    with served(engine, timeout_s=0.3) as server:
+        answer = server.post(COMPLETIONS, {"prompt": MANY, "max_tokens": 500, "ignore_eos": True})
+        assert (answer.status, answer.code) == (504, "timeout")
+
+
 def test_more_than_the_queue_holds_is_told_to_come_again() -> None:
     with (
-        load(max_concurrent=1, max_queue=1) as engine,
-        served(engine, max_requests=10) as server,
+        load(max_concurrent=1, max_queue=2) as engine,
+        served(engine) as server,
         server.connect() as first,
         server.connect() as second,
     ):
         first.sendall(posted(ENDLESS))
         assert until(lambda: engine.health().running == 1)
-        second.sendall(posted(ENDLESS))
-        assert until(lambda: engine.health().queued == 1)
+        second.sendall(posted({**ENDLESS, "n": 2}))
+        assert until(lambda: engine.health().queued == 2)
         answer = server.post(CHAT, HELLO)
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (429, "queue_full", "1")
 
 
-def test_more_requests_than_there_is_room_for_are_not_even_read(engine: Engine) -> None:
-    with served(engine, max_requests=1) as server, server.connect() as first:
-        first.sendall(posted(ENDLESS))
+def test_more_requests_than_may_run_and_wait_are_not_even_read() -> None:
+    with load(max_concurrent=1, max_queue=2) as engine, served(engine) as server, ExitStack() as clients:
+        clients.enter_context(server.connect()).sendall(posted(ENDLESS))
         assert until(lambda: engine.health().running == 1)
-        answer = server.post(CHAT, HELLO)
+        for _ in range(2):
+            clients.enter_context(server.connect()).sendall(posted(ENDLESS))
+        assert until(lambda: engine.health().queued == 2)
+        answer = server.post(CHAT, b"{")
     assert (answer.status, answer.code, answer.headers["retry-after"]) == (429, "queue_full", "1")
+
+
+def test_as_many_requests_are_taken_as_may_run_and_wait() -> None:
+    with load(max_concurrent=2, max_queue=100) as engine, served(engine) as server, ExitStack() as clients:
+        for _ in range(90):
+            clients.enter_context(server.connect()).sendall(posted(ENDLESS))
+        assert until(lambda: engine.health().running + engine.health().queued == 90)
 
 
 def test_more_connections_than_allowed_are_told_so(engine: Engine) -> None:
@@ -573,9 +703,10 @@ def test_more_connections_than_allowed_are_told_so(engine: Engine) -> None:
 def test_an_answer_that_takes_too_long_ends_with_an_error_that_says_so(engine: Engine, stream: bool) -> None:
     with served(engine, timeout_s=0.3) as server:
         answer = server.post(CHAT, {**ENDLESS, "stream": stream})
-    assert answer.status == (200 if stream else 503)
+    assert answer.status == (200 if stream else 504)
     said = chunks(answer)[-1] if stream else answer.json
     assert said["error"]["code"] == "timeout"
+    assert "retry-after" not in answer.headers
     assert until(lambda: engine.health().running == 0)
 
 
@@ -611,6 +742,16 @@ def test_while_the_model_is_loaded_health_says_how_far_and_all_else_to_wait(engi
     model.engine = engine
     assert called(app, HERE, method="GET", path="/health").json == {"status": "ok", "state": "ready"}
     assert called(app, HERE, method="GET", path="/v1/models").json["data"][0]["id"] == "demo"
+
+
+def test_where_no_model_is_to_come_it_is_said_who_has_to_load_one() -> None:
+    app = create_app(Model(is_coming=False))
+    health = called(app, HERE, method="GET", path="/health")
+    assert (health.status, health.json) == (503, {"status": "no_model"})
+    for method, path in (("GET", "/v1/models"), ("POST", CHAT)):
+        answer = called(app, ASKS, method=method, path=path)
+        assert (answer.status, answer.code) == (503, "no_model")
+        assert "has to load one" in answer.json["error"]["message"]
 
 
 def test_prompts_are_logged_only_when_asked_for(engine: Engine) -> None:
@@ -816,6 +957,24 @@ def test_a_model_that_cannot_be_loaded_is_told_of_and_nothing_is_served(tmp_path
         assert process.stdout
         assert process.stderr.read().startswith("error[")
         assert process.stdout.read() == ""
+
+
+_FULL_DISK = """
+import sys
+from mixtral_mlx.server import serve
+def load(*args, **how):
+    raise OSError(28, "No space left on device")
+serve.load = load
+from mixtral_mlx.cli import main
+sys.exit(main(["serve", "--port", "0", "--quiet"]))
+"""
+
+
+def test_whatever_ends_loading_ends_the_server_which_says_so() -> None:
+    answer = subprocess.run([sys.executable, "-c", _FULL_DISK], capture_output=True, text=True, timeout=30)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr.startswith("error[load_failed]: The model could not be loaded: OSError: [Errno 28] No space")
+    assert "Traceback" not in answer.stderr
 
 
 def test_a_unix_socket_is_the_owners_and_gone_at_the_end(tmp_path: Path) -> None:

@@ -667,3 +667,18 @@ def test_codex_streams_responses(keyless: Served) -> None:
     assert [data["sequence_number"] for _, data in said] == list(range(len(said)))
     assert said[0][0] == "response.created"
     assert said[-1][0] in ("response.completed", "response.incomplete")
+
+
+def test_clients_do_not_ask_again_for_an_answer_that_took_too_long(demo: Engine) -> None:
+    endless: Any = {"model": "default", "messages": HELLO, "max_tokens": 3000, "extra_body": {"ignore_eos": True}}
+    with served(demo, timeout_s=0.2) as server:
+        theirs = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=2)
+        others = anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=2)
+        before = demo.stats()["requests"]["cancelled"]
+        with closing(theirs), pytest.raises(openai.InternalServerError, match="took more than") as late:
+            theirs.chat.completions.create(**endless)
+        assert (late.value.status_code, late.value.code) == (504, "timeout")
+        with closing(others), pytest.raises(anthropic.APIStatusError, match="took more than"):
+            others.messages.create(**endless)
+    assert until(lambda: demo.stats()["requests"]["cancelled"] >= before + 2)
+    assert demo.stats()["requests"]["cancelled"] == before + 2

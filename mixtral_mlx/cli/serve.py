@@ -52,7 +52,6 @@ def serve(arguments: list[str]) -> int:
         allow_hosts=tuple(parsed.allow_host),
         aliases=tuple(parsed.alias),
         max_body=parsed.max_body,
-        max_requests=(parsed.max_concurrent or 16) + (parsed.max_queue or 64),
         timeout_s=parsed.timeout,
         log_prompts=parsed.log_prompts,
     )

@@ -225,6 +225,10 @@ class Engine:
         """What `embed` asks, to be handed to `submit`; its result has an `embedding`."""
         return Request(tuple(self.tokenizer.encode(text) if isinstance(text, str) else text), purpose="embed")
 
+    def check(self, request: Request) -> None:
+        """Raise `MixtralError` for a request that cannot be answered, whatever else is asked."""
+        self._checked(self._with_defaults(request))
+
     def submit(self, request: Request) -> Reply:
         """Answer a request. Raises `MixtralError` at once where it cannot be answered or has to wait too long."""
         return self._submit([request])[0]
@@ -324,6 +328,11 @@ class Engine:
         worker.call_between(swap).result()
 
     # How it is.
+
+    @property
+    def limits(self) -> Limits:
+        """How many requests run and wait at most."""
+        return self._limits
 
     @property
     def loaded(self) -> Loaded | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..engine.engine import Engine
 from ..server.app import Model, create_app
-from ..server.serve import Server, listening, url
+from ..server.serve import Server, allow_open_files, listening, url
 from ..server.settings import ServerSettings
 
 
@@ -26,14 +26,19 @@ class Beside:
 
     def use(self, engine: Engine | None) -> None:
         """Answer with this engine from now on; with None, say that there is no model."""
-        self.model.engine = engine
+        self.model.engine, self.model.is_coming = engine, False
+
+    def await_model(self, done: int = 0, total: int = 0) -> None:
+        """Say that a model is being loaded, and how far that is."""
+        self.model.is_coming, self.model.done, self.model.total = True, done, total
 
 
 def serve_beside() -> Beside:
     """Open the API. Raises `MixtralError`."""
-    settings = ServerSettings(api_key=secrets.token_urlsafe(32), max_connections=128)
+    settings = ServerSettings(api_key=secrets.token_urlsafe(32))
     sockets = listening(settings.host, 0, None)
-    model = Model()
+    allow_open_files()
+    model = Model(is_coming=False)
     server = Server(create_app(model, settings), settings)
     threading.Thread(target=server.run, args=[sockets], name="helper-http", daemon=True).start()
     return Beside(url(sockets[0], settings), settings.api_key, model, server.end)

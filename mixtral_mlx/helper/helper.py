@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
     from ..engine.reply import Reply
     from ..engine.request import Event, Token
-    from ..protocol import Asks
+    from ..prompt import Tokenizer
+    from ..protocol import Asks, Call
+    from ..protocol.answers import ShownTokens
     from .beside import Beside
 
 T = TypeVar("T")
@@ -70,6 +72,9 @@ def run(options: Options) -> NoReturn:
     log = Log(mine.log)
     sys.stdout = sys.stderr = LogFile(log)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if not os.isatty(mine.lines_in):
+        # Ctrl-C in a terminal reaches all that was started there. It is for the parent, who says what becomes of us.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("mixtral_mlx").addHandler(log)
     logging.getLogger("mixtral_mlx").setLevel(options.log.upper())
     status = 1
@@ -109,8 +114,9 @@ class Helper:
         """Speak until the end; returns the exit code."""
         self._loop = asyncio.get_running_loop()
         self._reason = self._loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._take_signal)
+        self._loop.add_signal_handler(signal.SIGTERM, self._take_signal)
+        if os.isatty(self._lines_in):
+            self._loop.add_signal_handler(signal.SIGINT, self._take_signal)
         self._put(m.Hello(protocol=m.PROTOCOL, version=__version__, pid=os.getpid()))
         for work in (self._read, self._watch):
             threading.Thread(target=work, name=f"helper{work.__name__}", daemon=True).start()
@@ -311,16 +317,13 @@ class Helper:
             await self._do_unload()
             if self._options.serve and self._beside is None:
                 self._beside = await self._in_thread(_serve_beside)
-            working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
-            # What stops soon, stops by itself: nobody waits for its thread.
-            await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
+            self._await_model(0, 0)
+            engine = await self._loaded(load, given)
+            self._use(engine, "ready")
         finally:
             self._load = None
-        if load.is_cancelled:
-            working.add_done_callback(_forget)
-            raise _stopped()
-        engine = working.result()
-        self._use(engine, "ready")
+            if self._beside:
+                self._beside.use(self._engine)  # None where it did not come.
         beside = self._beside
         memory = engine.memory()
         return m.Ready(
@@ -333,6 +336,25 @@ class Helper:
             load_seconds=time.monotonic() - began,
             serving=m.Serving(url=beside.url, key=beside.key) if beside else None,
         )
+
+    async def _loaded(self, load: _Load, given: dict[str, Any]) -> Engine:
+        working = asyncio.ensure_future(self._in_thread(lambda: load.run({**self._options.loading, **given})))
+        # What stops soon, stops by itself: nobody waits for its thread.
+        await asyncio.wait([working, load.cancelled], return_when=asyncio.FIRST_COMPLETED)
+        if load.is_cancelled:
+            working.add_done_callback(_forget)
+            raise _stopped()
+        return working.result()
+
+    def say_loading(self, message: m.Loading) -> None:
+        """Say how far a model has come, from any thread; over HTTP too, while there is none."""
+        self.say(message)
+        with suppress(RuntimeError):  # The loop is closed.
+            self._loop.call_soon_threadsafe(self._await_model, message.done_bytes, message.total_bytes)
+
+    def _await_model(self, done: int, total: int) -> None:
+        if self._beside and self._load:
+            self._beside.await_model(done, total)
 
     async def _do_unload(self) -> None:
         if self._engine is None:
@@ -385,13 +407,17 @@ class Helper:
             raise _no_model(is_loading=self._load is not None)
         engine = self._engine
         self._replies[message.id] = []
-        replies = await self._loop.run_in_executor(self._encoder, lambda: _asked(engine, message.body))
+        call, replies = await self._loop.run_in_executor(self._encoder, lambda: _asked(engine, message.body))
         self._replies[message.id] = replies
         if message.id in self._cancelled:
             for reply in replies:
                 reply.cancel()
-        with_logprobs = bool(message.body.get("logprobs"))
-        passings = [_Passing(message.id, choice, engine, with_logprobs) for choice in range(len(replies))]
+        passings = [
+            _Passing(
+                message.id, choice, engine.tokenizer, _shown(call, engine) if message.body.get("logprobs") else None
+            )
+            for choice in range(len(replies))
+        ]
         ended = await asyncio.gather(*[self._pass_on(passing, replies) for passing in passings], return_exceptions=True)
         if failed := [end for end in ended if isinstance(end, BaseException)]:
             raise failed[0]
@@ -493,9 +519,8 @@ class _Load:
         if done == total or now - self._said >= _PROGRESS_EVERY_S:
             self._said = now
             request_id = None if self._is_done else self.request_id
-            self._helper.say(
-                m.Loading(id=request_id, model=self._model, phase=phase, done_bytes=done, total_bytes=total)
-            )
+            loading = m.Loading(id=request_id, model=self._model, phase=phase, done_bytes=done, total_bytes=total)
+            self._helper.say_loading(loading)
 
 
 def _forget(working: asyncio.Future[Engine]) -> None:
@@ -506,12 +531,12 @@ def _forget(working: asyncio.Future[Engine]) -> None:
 
 @dataclass(frozen=True)
 class _Passing:
-    """Makes messages of the events of one choice of a request."""
+    """Makes messages of the events of one choice of a request; `shown` is for log probabilities, if they are wanted."""
 
     request_id: str
     choice: int
-    engine: Engine
-    with_logprobs: bool
+    tokenizer: Tokenizer
+    shown: ShownTokens | None
 
     def message(self, event: Event) -> m.Outgoing | None:
         """The message, or None for an event that has none of its own."""
@@ -522,8 +547,8 @@ class _Passing:
                 return m.Prompt(
                     id=self.request_id, choice=self.choice, done=event.done, total=event.total, cached=event.cached
                 )
-            case Token() if event.text or self.with_logprobs:
-                scores = [self._score(event)] if self.with_logprobs else None
+            case Token() if event.text or self.shown:
+                scores = [self._score(event, self.shown)] if self.shown else None
                 return m.Text(id=self.request_id, choice=self.choice, text=event.text, tokens=scores)
             case Text():
                 return m.Text(id=self.request_id, choice=self.choice, text=event.text)
@@ -538,17 +563,24 @@ class _Passing:
                 )
         return None
 
-    def _score(self, token: Token) -> m.TokenScore:
-        decode = self.engine.tokenizer.decode
+    def _score(self, token: Token, shown: ShownTokens) -> m.TokenScore:
+        shown.add(token)
+        others = zip(token.top_logprobs, shown.latest.others(self.tokenizer), strict=True)
         return m.TokenScore(
             id=token.id,
             text=token.text,
             logprob=_finite(token.logprob),
             top_logprobs=[
-                m.Alternative(id=other, text=decode([other]), logprob=_finite(logprob))
-                for other, logprob in token.top_logprobs
+                m.Alternative(id=other, text=text, logprob=_finite(logprob))
+                for (other, _), (text, _, logprob) in others
             ],
         )
+
+
+def _shown(call: Call, engine: Engine) -> ShownTokens:
+    from ..protocol.answers import ShownTokens
+
+    return ShownTokens(engine.tokenizer, call.asked[0][0].prompt)
 
 
 def _finite(logprob: float) -> float:
@@ -556,8 +588,8 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _asked(engine: Engine, body: dict[str, Any]) -> list[Reply]:
-    """The answers, one for each choice, that a body asks for."""
+def _asked(engine: Engine, body: dict[str, Any]) -> tuple[Call, list[Reply]]:
+    """What a body asks for, and the answers, one for each choice."""
     from ..protocol import PARSERS, Refused
 
     if "stream_options" in body or body.get("stream") is False:
@@ -568,7 +600,7 @@ def _asked(engine: Engine, body: dict[str, Any]) -> list[Reply]:
             param=param,
         )
     call = PARSERS["/v1/chat/completions"](body, cast("Asks", engine))
-    return [reply for request, count in call.asked for reply in engine.choices(count, request)]
+    return call, [reply for request, count in call.asked for reply in engine.choices(count, request)]
 
 
 def _as_message(error: MixtralError, request_id: str | None) -> m.Error:

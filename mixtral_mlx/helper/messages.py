@@ -176,7 +176,7 @@ class Prompt(Message):
 
 
 class Alternative(Message):
-    """A token that might have come."""
+    """A token that might have come; `text` is as `/v1/chat/completions` writes it."""
 
     id: Count
     text: str

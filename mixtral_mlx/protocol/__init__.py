@@ -13,11 +13,14 @@ For a server: `PARSERS[path](body, engine)` gives a `Call` or raises `Refused`. 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from . import anthropic, completions, embeddings, openai_chat, responses, tokens
-from .answers import served
+from .answers import check_model, served
 from .call import Asks, Call, Frame, Refused, Stream, now
 from .errors import error_body, status_of
 from .openapi import openapi
@@ -29,6 +32,7 @@ __all__ = [
     "Frame",
     "Refused",
     "Stream",
+    "check_model",
     "error_body",
     "model",
     "models",
@@ -57,10 +61,27 @@ PARSERS: dict[str, Parser] = {
 _STARTED = now()
 
 
-def models(asks: Asks) -> dict[str, Any]:
-    """The answer of `/v1/models`, for clients of OpenAI and of Anthropic: the one model that is served."""
+def models(asks: Asks, page: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The answer of `/v1/models`, for clients of OpenAI and of Anthropic: the one model that is served.
+
+    `page` is which part of the list is asked for, as Anthropic's API has it. Raises `Refused`."""
     one = model(asks)
-    return {"object": "list", "data": [one], "first_id": one["id"], "last_id": one["id"], "has_more": False}
+    if not _LIMIT.fullmatch(limit := page.get("limit", "20")):
+        raise _bad_page("limit", limit, "a number from 1 to 1000")
+    besides = [name for name in ("after_id", "before_id") if name in page]
+    for name in besides:
+        if page[name] != one["id"]:
+            raise _bad_page(name, page[name], f"the id of a model in the list, {one['id']!r}")
+    data = [] if besides else [one]
+    shown = one["id"] if data else None
+    return {"object": "list", "data": data, "first_id": shown, "last_id": shown, "has_more": False}
+
+
+_LIMIT = re.compile("[1-9][0-9]{0,2}|1000")
+
+
+def _bad_page(name: str, found: str, expected: str) -> Refused:
+    return Refused(f"{name} is {found[:60]!r}, expected {expected}.", code="bad_value", param=name)
 
 
 def model(asks: Asks) -> dict[str, Any]:

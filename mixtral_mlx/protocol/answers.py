@@ -124,6 +124,9 @@ class ShownTokens:
     calls of tools have no text of their own, so they are never among these. The bytes of all together are the text's,
     unless a stop string cut the last one."""
 
+    latest: Shown
+    """The token that was taken last, whether or not it has been shown."""
+
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._begins = tokenizer.begins(prompt)
@@ -138,9 +141,10 @@ class ShownTokens:
         if data is None:  # It may end a character that never became whole.
             self._form(self._detokenizer.finish())
         text = self._detokenizer.add(token.id)
+        lost_space = self._begins and data is not None and len(text.encode()) < len(data)
+        self.latest = Shown(token, begins=lost_space)
         if data is not None or text:
-            lost_space = self._begins and data is not None and len(text.encode()) < len(data)
-            self._forming.append(Shown(token, begins=lost_space))
+            self._forming.append(self.latest)
             self._begins = False
         self._form(text)
         return self.show(token.text)

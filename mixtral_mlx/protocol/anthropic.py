@@ -16,7 +16,7 @@ from ..generate import Usage
 from ..prompt import Message, Tool, ToolCall
 from .answers import check_model, new_id, served
 from .bodies import Body, TextOr, joined, read
-from .call import Asks, Call, Frame, Ready, Stream
+from .call import Asks, Call, Frame, Ready, Stream, check_length
 from .conversation import as_prompted
 from .errors import anthropic_error, refusing
 from .formats import schema_format
@@ -176,20 +176,22 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     }
     if asked.output_config and asked.output_config.format:
         settings["response_format"] = schema_format(asked.output_config.format.schema_)
-    return MessagesCall(_request(asked, asks, settings), asked, asks)
+    turns = as_prompted(_turns(asked))
+    check_length(turns, asks, "messages", asked.max_kv)
+    return MessagesCall(_request(asked, turns, asks, settings), asked, asks)
 
 
 def parse_count(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     """The call a body of `/v1/messages/count_tokens` makes. Raises `Refused`."""
     asked = read(COUNT_PATH, CountBody, body)
     check_model(asked.model, asks, aliases)
-    return Ready({"input_tokens": len(_request(asked, asks, {}).prompt)})
+    return Ready({"input_tokens": len(_request(asked, as_prompted(_turns(asked)), asks, {}).prompt)})
 
 
-def _request(asked: CountBody, asks: Asks, settings: dict[str, Any]) -> Request:
+def _request(asked: CountBody, turns: Sequence[Message], asks: Asks, settings: dict[str, Any]) -> Request:
     with refusing("messages"):
         return asks.chat_request(
-            as_prompted(_turns(asked)),
+            turns,
             tools=[Tool(tool.name, tool.description or "", tool.input_schema) for tool in asked.tools or ()],
             tool_choice=_choice(asked),
             **settings,

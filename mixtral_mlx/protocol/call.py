@@ -57,6 +57,18 @@ class Asks(Protocol):
     def embed_request(self, text: str | Sequence[int]) -> Request: ...
 
 
+def check_length(told: str | Sequence[Message], asks: Asks, param: str, max_kv: int | None = None) -> None:
+    """Raise `Refused` for what no context holds, however it is encoded: that would take seconds for nothing."""
+    context = asks.config.max_position_embeddings if max_kv else asks.context
+    if (least := asks.tokenizer.fewest_tokens(told)) > context:
+        raise Refused(
+            f"The prompt is at least {least:,} tokens long and the context holds {context:,}.",
+            code="context_full",
+            hint="Shorten the prompt, or drop the oldest turns.",
+            param=param,
+        )
+
+
 @dataclass(frozen=True)
 class Frame:
     """One server-sent event: `data` is an object to be written as JSON, or text to be written as it is."""

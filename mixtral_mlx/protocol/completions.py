@@ -12,7 +12,7 @@ from ..engine.request import Done, Event, Request, Result, Text, Token
 from ..prompt import Tokenizer
 from .answers import Shown, ShownTokens, Total, check_model, finish_reason, new_id, served, shown_tokens
 from .bodies import read
-from .call import Asks, Call, Frame, Refused, Stream, now
+from .call import Asks, Call, Frame, Refused, Stream, check_length, now
 from .errors import openai_error, refusing
 from .formats import ResponseFormat
 from .openai_chat import DONE
@@ -50,6 +50,13 @@ def each(prompts: Any, most: int, param: str) -> list[str | list[int]]:
     return found
 
 
+def check_lengths(prompts: Sequence[str | list[int]], asks: Asks, param: str, max_kv: int | None = None) -> None:
+    """Raise `Refused` for texts of which one is longer than any context."""
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_length(prompt, asks, param, max_kv)
+
+
 class CompletionBody(OpenAISampling):
     """The body of `/v1/completions`."""
 
@@ -85,11 +92,10 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     }
     if asked.response_format:
         settings["response_format"] = asked.response_format.format()
+    prompts = each(asked.prompt, _MOST_PROMPTS, "prompt")
+    check_lengths(prompts, asks, "prompt", asked.max_kv)
     with refusing("prompt"):
-        requests = [
-            asks.completion_request(prompt, echo=bool(asked.echo), **settings)
-            for prompt in each(asked.prompt, _MOST_PROMPTS, "prompt")
-        ]
+        requests = [asks.completion_request(prompt, echo=bool(asked.echo), **settings) for prompt in prompts]
     return CompletionCall(requests, asked, asks)
 
 

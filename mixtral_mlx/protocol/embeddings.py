@@ -12,7 +12,7 @@ from ..engine.request import Request, Result
 from .answers import Total, check_model, served
 from .bodies import Body, read
 from .call import Asks, Call, Stream
-from .completions import Prompts, each
+from .completions import Prompts, check_lengths, each
 from .errors import refusing
 
 PATH = "/v1/embeddings"
@@ -32,8 +32,10 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     """The call a body makes. Raises `Refused`."""
     asked = read(PATH, EmbeddingBody, body)
     check_model(asked.model, asks, aliases)
+    texts = each(asked.input, _MOST_INPUTS, "input")
+    check_lengths(texts, asks, "input")
     with refusing("input"):
-        requests = [asks.embed_request(text) for text in each(asked.input, _MOST_INPUTS, "input")]
+        requests = [asks.embed_request(text) for text in texts]
     return EmbeddingCall(requests, asked, asks)
 
 

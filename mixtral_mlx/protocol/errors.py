@@ -15,7 +15,7 @@ from ..prompt import PromptError
 from .call import Refused
 
 _ASKED_WRONG = (PromptError, GenerateError, GrammarError, ToolError)
-_STATUS = {"queue_full": 429, "closed": 503, "busy": 503, "out_of_memory": 503, "step_failed": 500}
+_STATUS = {"queue_full": 429, "closed": 503, "busy": 503, "out_of_memory": 503, "step_failed": 500, "timeout": 504}
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -24,6 +24,7 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
     529: "overloaded_error",
 }
 _PARAMS = {

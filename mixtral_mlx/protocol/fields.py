@@ -124,7 +124,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     "/v1/completions": {
         **_OPENAI_SAMPLING,
         **_honoured(
-            prompt="A text, several, ids, or lists of ids.",
+            prompt="A text, several, ids, or lists of ids, up to 128.",
             max_tokens="Default 16.",
             best_of="Only the same as n: answers are not ranked.",
             echo="Default false. Not together with logprobs.",
@@ -220,6 +220,75 @@ FIELDS: dict[str, dict[str, Field]] = {
 }
 """What is done with each field, by the path of its API."""
 
+_CHAT_ENTRIES = {
+    "messages[]": {
+        **_honoured(
+            role="system, developer, user, assistant or tool.",
+            content="A text, or parts.",
+            tool_calls="Of the assistant: calls of functions.",
+            tool_call_id="Of a tool: which call this is the result of.",
+        ),
+        **_labels(
+            name="Names who speaks. Mixtral's template has no place for names, so the model is not told: "
+            "what it is to know belongs into content."
+        ),
+        **_fixed(annotations=([],)),
+        **_refused(
+            audio="Mixtral reads and writes text only.",
+            function_call="Use tool_calls.",
+            refusal="The model has no words apart for it: they belong into content.",
+        ),
+    },
+    "messages[].content[]": _honoured(type="text.", text="Parts are read with an empty line between them."),
+}
+_MESSAGES_ENTRIES = {
+    "messages[]": _honoured(role="user, assistant or system.", content="A text, or blocks."),
+    "messages[].content[]": {
+        **_honoured(
+            type="text, tool_use or tool_result.",
+            text="Of a text.",
+            id="Of a tool_use.",
+            name="Of a tool_use.",
+            input="Of a tool_use.",
+            tool_use_id="Of a tool_result: which call this is the result of.",
+            content="Of a tool_result: a text, or blocks of text.",
+            is_error="Of a tool_result: the model is told. Default false.",
+        ),
+        **_labels(cache_control=_MESSAGES["cache_control"].note),
+        **_fixed(citations=([],), caller=({"type": "direct"},)),
+        **_refused(toolset_name="There are no toolsets."),
+    },
+}
+ENTRIES: dict[str, dict[str, dict[str, Field]]] = {
+    "/v1/chat/completions": _CHAT_ENTRIES,
+    "/v1/responses": {
+        "input[]": {
+            **_honoured(
+                type="message, function_call or function_call_output. Default message.",
+                role="Of a message: user, system, developer or assistant.",
+                content="Of a message: a text, or parts.",
+                call_id="Of a call and of its output.",
+                name="Of a call.",
+                arguments="Of a call.",
+                output="Of a call's output: a text, or parts of type input_text.",
+            ),
+            **_labels(
+                id="Names an item; none is kept to be referred to.",
+                status="How an item came to its end; it is read as it is.",
+                phase="What an answer was for; it is read as any other.",
+            ),
+        },
+        "input[].content[]": {
+            **_honoured(type="input_text or output_text.", text="Parts are read with an empty line between them."),
+            **_labels(logprobs="As they were given; they are not read."),
+            **_fixed(annotations=([],)),
+        },
+    },
+    "/v1/messages": _MESSAGES_ENTRIES,
+    "/v1/messages/count_tokens": _MESSAGES_ENTRIES,
+}
+"""The same for the entries of lists of messages, by path and list. The models of bodies hold requests to it."""
+
 
 def known(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `body` that are to be read; raises `Refused` for one that is not known, or cannot be honoured."""
@@ -248,7 +317,7 @@ def _same(value: Any, allowed: tuple[Any, ...]) -> bool:
 def _not_honoured(name: str, value: Any, field: Field) -> Refused:
     if field.treatment == "refused":
         return Refused(f"{name} cannot be honoured.", code="unsupported_field", hint=field.note, param=name)
-    allowed = " or ".join(shown(one) for one in field.values)
+    allowed = " or ".join(map(json.dumps, field.values))
     return Refused(
         f"{name} is {shown(value)}, and only {allowed} can be honoured.",
         code="unsupported_value",
@@ -271,7 +340,8 @@ def as_markdown() -> str:
     """The table as people read it."""
     parts = []
     for path, fields in FIELDS.items():
-        rows = [f"| `{name}` | {_in_words(field)} |" for name, field in sorted(fields.items())]
+        within = {f"{where}.{name}": one for where, them in ENTRIES.get(path, {}).items() for name, one in them.items()}
+        rows = [f"| `{name}` | {_in_words(field)} |" for name, field in sorted({**fields, **within}.items())]
         parts.append("\n".join([f"## `{path}`", "", "| field | |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 

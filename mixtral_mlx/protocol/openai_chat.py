@@ -13,7 +13,7 @@ from ..engine.tools import ToolChoice
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from .answers import Shown, ShownTokens, Total, check_model, finish_reason, new_id, served, shown_tokens
 from .bodies import Body, TextOr, joined, read
-from .call import Asks, Call, Frame, Refused, Stream, now
+from .call import Asks, Call, Frame, Refused, Stream, check_length, now
 from .conversation import as_prompted
 from .errors import openai_error, refusing
 from .formats import ResponseFormat
@@ -33,12 +33,16 @@ class TextPart(Body):
 Content = TextOr[list[Annotated[TextPart, Tag("text")]]]
 
 
-class SystemMessage(Body):
+class _Message(Body):
+    name: str | None = None  # Mixtral's template has no place for it.
+
+
+class SystemMessage(_Message):
     role: Literal["system", "developer"]
     content: Content
 
 
-class UserMessage(Body):
+class UserMessage(_Message):
     role: Literal["user"]
     content: Content
 
@@ -54,7 +58,7 @@ class CalledTool(Body):
     function: CalledFunction
 
 
-class AssistantMessage(Body):
+class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
     tool_calls: list[CalledTool] | None = None
@@ -64,11 +68,10 @@ class AssistantMessage(Body):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class ToolMessage(Body):
+class ToolMessage(_Message):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
-    name: str | None = None  # That of the call, which tool_call_id tells already.
 
 
 AnyMessage = Annotated[
@@ -132,9 +135,11 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
             "top_logprobs needs logprobs.", code="bad_value", hint="Set logprobs to true.", param="top_logprobs"
         )
     settings["top_logprobs"] = asked.top_logprobs or 0
+    turns = as_turns(asked.messages)
+    check_length(turns, asks, "messages", asked.max_kv)
     with refusing("messages"):
         request = asks.chat_request(
-            as_turns(asked.messages),
+            turns,
             tools=[as_tool(tool) for tool in asked.tools or ()],
             tool_choice=_choice(asked),
             parallel_tool_calls=asked.parallel_tool_calls is not False,

@@ -34,7 +34,7 @@ ANSWERS: dict[str, type[shapes.Shape]] = {
     "/v1/models": shapes.Models,
     "/v1/models/{model}": shapes.Model,
 }
-_ERRORS = (400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 429, 431, 500, 503)
+_ERRORS = (400, 401, 403, 404, 405, 408, 411, 413, 415, 421, 429, 431, 500, 503, 504)
 
 
 def openapi(version: str, *, errors: Sequence[int] = _ERRORS, with_key: bool = False) -> dict[str, Any]:
@@ -85,6 +85,14 @@ def _described(schema: _Schema | None, field: Field) -> _Schema:
     return {**schema, "description": f"{field.treatment.capitalize()}. {field.note}".strip()}
 
 
+_PAGE: _Schema = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000},
+    "after_id": {"type": "string"},
+    "before_id": {"type": "string"},
+}
+"""Which part of a list is asked for, as Anthropic's API has it."""
+
+
 def _operation(path: str, refs: _Refs, errors: Sequence[int]) -> _Schema:
     body, answer = BODIES.get(path), ANSWERS[path]
     content: _Schema = {"application/json": {"schema": refs[answer]}}
@@ -101,6 +109,8 @@ def _operation(path: str, refs: _Refs, errors: Sequence[int]) -> _Schema:
     if body is None:
         if "{model}" in path:
             operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+        if path == "/v1/models":
+            operation["parameters"] = [{"name": name, "in": "query", "schema": one} for name, one in _PAGE.items()]
         return {"get": operation}
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": refs[body]}}}
     return {"post": operation}

@@ -18,7 +18,7 @@ from ..generate import Usage
 from ..prompt import Message, Tokenizer, Tool, ToolCall
 from .answers import Shown, ShownTokens, check_model, new_id, served, shown_tokens
 from .bodies import Body, TextOr, joined, read
-from .call import Asks, Call, Frame, Refused, Stream, now
+from .call import Asks, Call, Frame, Refused, Stream, check_length, now
 from .conversation import as_prompted
 from .errors import refusing, said, status_of
 from .formats import AnyObject, AnyText, ChoiceFormat, LarkFormat, RegexFormat, schema_format
@@ -193,9 +193,11 @@ def parse(body: object, asks: Asks, *, aliases: Collection[str] = ()) -> Call:
     }
     if asked.text and asked.text.format:
         settings["response_format"] = asked.text.format.format()
+    turns = as_prompted(_turns(asked))
+    check_length(turns, asks, "input", asked.max_kv)
     with refusing("input"):
         request = asks.chat_request(
-            as_prompted(_turns(asked)),
+            turns,
             tools=[Tool(tool.name, tool.description or "", tool.parameters or {}) for tool in asked.tools or ()],
             tool_choice=_choice(asked),
             parallel_tool_calls=asked.parallel_tool_calls is not False,

@@ -319,8 +319,8 @@ class Models(Shape):
 
     object: Literal["list"]
     data: list[Model]
-    first_id: str
-    last_id: str
+    first_id: str | None
+    last_id: str | None
     has_more: Literal[False]
 
 

@@ -5,8 +5,10 @@ Who may ask is the guard's business, what a request means `protocol`'s."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,10 +23,11 @@ from starlette.types import Receive, Scope, Send
 from .. import protocol
 from ..config import MixtralError
 from ..engine.engine import Engine
+from ..engine.worker import Limits
 from ..page import CONTENT_SECURITY_POLICY, FOLDER, MEDIA_TYPES
 from ..protocol import PARSERS, Refused
 from . import bodies, metrics, openapi, sse
-from .answers import Answers, submit
+from .answers import Answers
 from .guard import Guard, refusal
 from .log import Log
 from .settings import ServerSettings
@@ -32,9 +35,10 @@ from .settings import ServerSettings
 
 @dataclass
 class Model:
-    """The engine that answers, once it is there; until then `done` bytes of `total` have been loaded."""
+    """The engine that answers, once it is there. If it is coming, `done` bytes of `total` have been loaded."""
 
     engine: Engine | None = None
+    is_coming: bool = True
     done: int = 0
     total: int = 0
 
@@ -62,12 +66,23 @@ def create_app(model: Engine | Model, settings: ServerSettings = ServerSettings(
     return app
 
 
-_QUERIES = {"/v1/messages": {"beta"}, "/v1/messages/count_tokens": {"beta"}}
+_QUERIES = {
+    "/v1/messages": {"beta"},
+    "/v1/messages/count_tokens": {"beta"},
+    "/v1/models": {"beta", "limit", "after_id", "before_id"},
+    "/v1/models/{model:path}": {"beta"},
+}
 """What may stand after the ? of a path: clients of Anthropic's API say there that they know its latest fields."""
 
 
 _LOOKED_AT_S = 5.0
 """So long after being asked for them, choices of experts are counted."""
+
+
+_COUNTING = frozenset({"/tokenize", "/v1/messages/count_tokens"})
+"""Paths for texts of any length. They have threads of their own, so that they hold up no one who wants an answer."""
+_COUNTING_THREADS = 2
+_ENCODING_THREADS = 8
 
 
 class _House:
@@ -80,6 +95,8 @@ class _House:
         self.answers = Answers(settings, self.metrics)
         self._log = log
         self._calls = 0
+        self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, "mixtral-encoding")
+        self._counting = ThreadPoolExecutor(_COUNTING_THREADS, "mixtral-counting")
         self._paths: set[str] = set()
 
     def routes(self) -> list[Route]:
@@ -92,7 +109,9 @@ class _House:
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
         }
-        routes = [Route(path, _without_query(get), methods=["GET"]) for path, get in gets.items()]
+        routes = [
+            Route(path, _with_query(get, _QUERIES.get(path, set())), methods=["GET"]) for path, get in gets.items()
+        ]
         routes += [Route(path, _Calls(self, path), methods=["POST"]) for path in PARSERS]
         self._paths = {route.path for route in routes}
         return routes
@@ -105,22 +124,29 @@ class _House:
 
     @property
     def engine(self) -> Engine:
-        if self.model.engine is None:
+        if self.model.engine:
+            return self.model.engine
+        if not self.model.is_coming:
             raise Refused(
-                f"The model is being loaded{self._so_far()}.",
-                code="loading",
+                "There is no model, and none is being loaded.",
+                code="no_model",
                 status=503,
-                hint="Try again; /health says when it is there.",
+                hint="The app that started this server has to load one.",
             )
-        return self.model.engine
+        raise Refused(
+            f"The model is being loaded{self._so_far()}.",
+            code="loading",
+            status=503,
+            hint="Try again; /health says when it is there.",
+        )
 
     def _so_far(self) -> str:
         return f": {100 * self.model.done // self.model.total} %" if self.model.total else ""
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Room for a request: its body is in memory, too."""
-        if self._calls >= self.settings.max_requests:
+    def place(self, limits: Limits) -> Iterator[None]:
+        """Room for a request, of which there are no more than may run and wait: its body is in memory, too."""
+        if self._calls >= limits.max_concurrent + limits.max_queue:
             raise Refused(
                 f"{self._calls} requests are being answered or wait, and no more may.",
                 code="queue_full",
@@ -133,6 +159,20 @@ class _House:
         finally:
             self._calls -= 1
 
+    async def understood(self, path: str, body: object, engine: Engine, client: asyncio.Future[None]) -> protocol.Call:
+        """What a body asks. Not begun for a client that has left by then: long prompts take a while to encode."""
+        pool = self._counting if path in _COUNTING else self._encoding
+        work = functools.partial(_understood, path, body, engine, self.settings.aliases)
+        understanding = asyncio.get_running_loop().run_in_executor(pool, work)
+        either: list[asyncio.Future[Any]] = [understanding, client]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if understanding.done():
+                return understanding.result()
+            raise ConnectionError("The client left.")
+        finally:
+            understanding.cancel()
+
     def say_prompt(self, path: str, body: dict[str, Any]) -> None:
         if self._log and self.settings.log_prompts:
             self._log.complain(f"{path} {sse.dumped(body)}")
@@ -141,6 +181,8 @@ class _House:
 
     async def _health(self, request: Request) -> Response:
         engine = self.model.engine
+        if engine is None and not self.model.is_coming:
+            return JSONResponse({"status": "no_model"}, 503, {"retry-after": "1"})
         if engine is None:
             loading = {"status": "loading", "done_bytes": self.model.done, "total_bytes": self.model.total}
             return JSONResponse(loading, 503, {"retry-after": "1"})
@@ -150,13 +192,11 @@ class _House:
         return JSONResponse({"status": "ok", "state": health.state})
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse(protocol.models(self.engine))
+        return JSONResponse(protocol.models(self.engine, request.query_params))
 
     async def _model(self, request: Request) -> Response:
-        asked, one = request.path_params["model"], protocol.model(self.engine)
-        if asked != one["id"]:
-            raise Refused(f"There is no model {asked[:100]!r} here.", code="model_not_found", status=404)
-        return JSONResponse(one)
+        protocol.check_model(request.path_params["model"], self.engine, self.settings.aliases)
+        return JSONResponse(protocol.model(self.engine))
 
     async def _stats(self, request: Request) -> Response:
         engine = self.engine
@@ -186,17 +226,16 @@ class _Calls:
         house = self._house
         _check_query(Request(scope), _QUERIES.get(self._path, set()))
         engine = house.engine
-        with house.place():
+        with house.place(engine.limits):
             body = await self._body(receive)
-            # Long prompts take a while to encode, and others should not wait for that.
-            call = await asyncio.to_thread(PARSERS[self._path], body, engine, aliases=house.settings.aliases)
-            house.say_prompt(self._path, body)
-            replies = submit(call, engine)
-            if call.streams:
-                await house.answers.streamed(call.stream(), replies, receive, send)
-            else:
-                answer = await house.answers.whole(call, replies, receive)
-                await Response(sse.dumped(answer), media_type="application/json")(scope, receive, send)
+            async with _watched(receive) as client:
+                call = await house.understood(self._path, body, engine, client)
+                house.say_prompt(self._path, body)
+                if call.streams:
+                    await house.answers.streamed(call, engine, client, send)
+                else:
+                    answer = await house.answers.whole(call, engine, client)
+                    await Response(sse.dumped(answer), media_type="application/json")(scope, receive, send)
 
     async def _body(self, receive: Receive) -> dict[str, Any]:
         settings = self._house.settings
@@ -210,9 +249,34 @@ class _Calls:
         return await asyncio.to_thread(bodies.parsed, data, settings)
 
 
-def _without_query(get: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+@asynccontextmanager
+async def _watched(receive: Receive) -> AsyncIterator[asyncio.Future[None]]:
+    """Done once the client has left."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    client = asyncio.ensure_future(gone())
+    try:
+        yield client
+    finally:
+        client.cancel()
+
+
+def _understood(path: str, body: object, engine: Engine, aliases: tuple[str, ...]) -> protocol.Call:
+    """What a body asks, all of which can be answered. Raises `MixtralError`."""
+    call = PARSERS[path](body, engine, aliases=aliases)
+    for request, _ in call.asked:
+        engine.check(request)
+    return call
+
+
+def _with_query(
+    get: Callable[[Request], Awaitable[Response]], known: set[str]
+) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        _check_query(request, set())
+        _check_query(request, known)
         return await get(request)
 
     return answer

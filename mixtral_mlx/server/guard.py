@@ -206,7 +206,7 @@ class _Passage:
             headers.add_vary_header("Origin")
         if self.allowed_origin:
             headers["access-control-allow-origin"] = self.allowed_origin
-            headers["access-control-expose-headers"] = "Retry-After"
+            headers["access-control-expose-headers"] = "Retry-After, X-Should-Retry"
             headers["cross-origin-resource-policy"] = "cross-origin"
 
 
@@ -215,8 +215,17 @@ def refusal(scope: Scope, error: Exception) -> Response:
     if not isinstance(error, MixtralError):
         error = MixtralError("Something went wrong here that should not; the server's log says more.", code="internal")
     status, body = error_body(scope["path"], error)
-    headers = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 401: {"www-authenticate": "Bearer"}}
-    return JSONResponse(body, status, headers.get(status))
+    return JSONResponse(body, status, _REFUSED_WITH.get(status))
+
+
+_REFUSED_WITH = {
+    401: {"www-authenticate": "Bearer"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+    # OpenAI's and Anthropic's clients ask again after any 5xx but this; it would take as long again, and end the same.
+    504: {"x-should-retry": "false"},
+}
+"""Headers of a refusal, by its status."""
 
 
 def _shutting_down() -> Refused:

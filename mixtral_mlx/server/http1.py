@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -77,7 +78,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         status = self.conn.refused_as
-        code = {431: "headers_too_large", 501: "not_implemented"}.get(status, "bad_http")
+        code = {421: "misdirected", 431: "headers_too_large", 501: "not_implemented"}.get(status, "bad_http")
         self._refuse(status, f"This is no HTTP request that can be answered: {self.conn.reason}.", code)
 
     def _watch_headers(self, *, is_new: bool = False) -> None:
@@ -118,17 +119,38 @@ class Connection(H11Protocol):
 
 
 class _Parser(h11.Connection):
-    """h11's, which also remembers why it refused something."""
+    """h11's, which also remembers why it refused something, and takes the whole addresses that proxies ask for."""
 
     refused_as = 400
     reason = ""
 
     def next_event(self) -> Any:
         try:
-            return super().next_event()
+            event = super().next_event()
+            return _without_address(event) if isinstance(event, h11.Request) else event
         except h11.RemoteProtocolError as error:
             self.refused_as, self.reason = error.error_status_hint, str(error)
             raise
+
+
+_ADDRESS = re.compile(rb"([a-z][a-z0-9+.-]*)://([^/?]*)(.*)", re.IGNORECASE)
+
+
+def _without_address(request: h11.Request) -> h11.Request:
+    """The request, with what comes before the path of an absolute target as its Host (RFC 9112, 3.2.2)."""
+    if not (found := _ADDRESS.fullmatch(request.target)):
+        return request
+    scheme, authority, rest = found.groups()
+    if scheme.lower() != b"http":
+        # RFC 9110, 7.4: nobody has proven to be that host.
+        raise h11.RemoteProtocolError("its address is not http://", error_status_hint=421)
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        headers=[(b"host", authority), *headers],
+        target=rest if rest.startswith(b"/") else b"/" + rest,
+        http_version=request.http_version,
+    )
 
 
 class _Gentle(asyncio.Transport):

@@ -11,7 +11,7 @@ _COUNTS = {"type": "object", "additionalProperties": True}
 _HEALTH = {
     "type": "object",
     "properties": {
-        "status": {"enum": ["ok", "loading", "closed"]},
+        "status": {"enum": ["ok", "loading", "no_model", "closed"]},
         "state": {"enum": ["unloaded", "loading", "ready", "failed"]},
         "done_bytes": {"type": "integer", "minimum": 0},
         "total_bytes": {"type": "integer", "minimum": 0},

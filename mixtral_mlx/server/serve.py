@@ -55,7 +55,7 @@ def serve(request: Request) -> int:
     """Serve until a signal ends it; returns the exit code. Raises `MixtralError` where it cannot begin."""
     quiet = request.choice.quiet
     sockets = listening(request.settings.host, request.port, request.uds)
-    _allow_open_files(_OPEN_FILES)
+    allow_open_files()
     model, log = Model(), Log(quiet=quiet)
     server = Server(create_app(model, request.settings, log), request.settings)
     where = url(sockets[0], request.settings)
@@ -206,11 +206,21 @@ class _Loading:
                 engine.chat("Hello", max_tokens=1).result()
             self._model.engine = engine
             self._on_ready(engine)
-        except MixtralError as error:
-            self._error = error
+        except (
+            BaseException
+        ) as error:  # Whatever it is, nothing will come: better no server than one that is never ready.
+            self._error = error if isinstance(error, MixtralError) else _cannot_load(error)
             self._server.end()
         finally:
             self._done.set()
+
+
+def _cannot_load(error: BaseException) -> ServerError:
+    return ServerError(
+        f"The model could not be loaded: {type(error).__name__}: {error}",
+        code="load_failed",
+        hint="If that is no fault of this machine's, please report it.",
+    )
 
 
 # Sockets.
@@ -289,9 +299,9 @@ def url(sock: socket.socket, settings: ServerSettings) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _allow_open_files(least: int) -> None:
-    """Each connection is an open file, and macOS begins with 256."""
+def allow_open_files() -> None:
+    """Let the process have enough of them: each connection is one, and macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < least:
+    if soft < _OPEN_FILES:
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (least if hard < 0 else min(least, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES if hard < 0 else min(_OPEN_FILES, hard), hard))

@@ -34,7 +34,6 @@ class ServerSettings:
     max_header_bytes: int = 32 << 10
     max_messages: int = 4096
     max_schema_bytes: int = 256 << 10
-    max_requests: int = 80
     max_connections: int = 1024
     headers_s: float = 10.0
     body_s: float = 60.0
