@@ -326,7 +326,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Engine]]:
         yield together, alone
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_each_of_many_gets_what_it_would_get_alone(pair: tuple[Engine, Engine], seed: int) -> None:
     check_mix(*pair, seed)
 
@@ -897,7 +897,7 @@ def fail_somewhere(engine: Engine, alone: Engine, seed: int) -> int:
     return failed
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_what_fails_ends_alone_and_the_engine_answers_the_next(pair: tuple[Engine, Engine], seed: int) -> None:
     fail_somewhere(*pair, seed)
 
@@ -991,7 +991,7 @@ def load_and_close(folder: Path, times: int) -> None:
 
 
 def test_loading_and_closing_again_and_again_leaves_nothing(folder: Path) -> None:
-    load_and_close(folder, 5)
+    load_and_close(folder, 3)
 
 
 @pytest.mark.long
@@ -1085,8 +1085,18 @@ def write_adapter(folder: Path, base: Path, seed: int, keys: list[str] | None = 
     return folder
 
 
-@pytest.mark.parametrize("mode", ["resident", "streamed"])
-@pytest.mark.parametrize("keys", [None, ["self_attn.q_proj", "self_attn.v_proj"]], ids=["all", "attention"])
+ATTENTION = ["self_attn.q_proj", "self_attn.v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys"),
+    [
+        ("streamed", None),
+        ("resident", ATTENTION),
+        pytest.param("resident", None, marks=pytest.mark.long),
+        pytest.param("streamed", ATTENTION, marks=pytest.mark.long),
+    ],
+)
 def test_an_adapter_is_put_in_and_taken_out_while_the_engine_runs(
     folder: Path, tmp_path: Path, mode: Any, keys: list[str] | None
 ) -> None:

@@ -166,7 +166,7 @@ def test_a_disk_that_is_always_late_changes_nothing(
 
 
 def test_seeded_faults_of_all_kinds_give_no_wrong_token_and_leave_nothing_open(faults: Any) -> None:
-    assert len(list(faults.runs(locate(None), 12, seed=1))) == 12
+    assert len(list(faults.runs(locate(None), 6, seed=1))) == 6
 
 
 # What people see.

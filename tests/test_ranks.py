@@ -164,6 +164,7 @@ def test_nobody_waits_at_a_cut_link(tmp_path: Path) -> None:
         assert_all_end(processes)
 
 
+@pytest.mark.long
 def test_nobody_waits_at_a_link_that_rank_0_does_not_have(tmp_path: Path) -> None:
     with ranks.cabled(tmp_path, 3) as (files, cables), running([*WORKER, JOB], files) as processes:
         started_answering(processes)

@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "file": {"recipe_file": PATTERNS},
     "keep": {"recipes": ("keep",)},
 }
+SOME = ("q4", "q3", "q4-mini", "bf16", "nvfp4", "file", "keep")  # Of each kind one.
 TEXT = "Grüß dich, 你好  \n\tworld 🙂"
 PROMPT = [1, 733, 16289, 28793, 22557, 733, 28748]
 
@@ -66,7 +67,9 @@ def greedy(model: Any, count: int = 32) -> list[int]:
 
 
 @pytest.mark.usefixtures("quick_tokenizer")
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.long) for name in WAYS]
+)
 def test_every_recipe_takes_the_bits_it_says_and_loads_in_mlx_lm_to_the_same_tokens(
     source: Path, tmp_path: Path, name: str
 ) -> None:

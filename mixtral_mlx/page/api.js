@@ -42,6 +42,7 @@ const HINTS = {
   429: "It answers others at the moment. Try again shortly.",
   500: "Try again. If it goes on, the server's own output says more.",
   503: "It is starting, stopping or full. Try again shortly.",
+  504: "Ask for less, or have the server started with a longer --timeout.",
 };
 
 async function request(path, options = {}) {
