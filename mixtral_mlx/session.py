@@ -55,6 +55,7 @@ SETTINGS = {
     "frequency_penalty": Setting(float, "the same for each time a token came", -100, 100),
     "seed": Setting(int, "same seed, same text", 0, (1 << 64) - 1),
     "max_tokens": Setting(int, "stop after this many tokens", 1, 1 << 31),
+    "min_tokens": Setting(int, "do not end by itself before so many", 0, 1 << 31),
     "stop": Setting(str, r"end at this text (\n, \t, \\, \xNN, \uNNNN work)"),
 }
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -189,7 +190,8 @@ class Session:
         self.ready = ready
         self.open_model = open_model
         self.system = system
-        self.settings = dict(settings or {})
+        self.settings: dict[str, Any] = {}
+        self._adopt(dict(settings or {}))
         self.turns: list[Turn] = []
         self.waiting = ""
         self.stats = False
