@@ -91,6 +91,7 @@ def ran(folder: str, job: dict[str, Any], group: mx.distributed.Group, split: Sp
         streaming.close()
     return {
         "cases": said,
+        "chunk_tokens": loaded.plan.chunk_tokens,
         "held_bytes": loaded.weights_bytes,
         "read_bytes": loaded.read_bytes,
         "streamed_bytes": streaming.statistics.bytes_read if streaming else 0,

@@ -24,6 +24,8 @@ CACHES = {
     "window": lambda: RotatingKVCache(16, keep=4),
 }
 LENGTHS = (1, 5, 40, 23)
+# Sums in another order differ in their last digits; what lies between two steps of 8 bits then goes to the other one.
+TOLERANCE = {"float": 1e-5, "window": 1e-5, "8 bits": 5e-3}
 
 
 @pytest.fixture(scope="module", params=["MLX's", "our kernels"])
@@ -63,7 +65,7 @@ def test_prompts_decoding_and_guesses_share_a_pass_and_change_nothing(model: Mod
         for n, part in enumerate(zip(tokens, alone, wanted, strict=True)):
             single = logits_of(model, [Part(*part)])[0]
             assert shared[n].shape == single.shape == (wanted[n], CONFIG.vocab_size)
-            assert np.allclose(shared[n], single, atol=1e-3), (step, n)
+            assert np.allclose(shared[n], single, atol=TOLERANCE[kinds[n]]), (step, n)
 
 
 def test_one_sequence_in_a_pass_is_the_plain_model_to_the_bit(model: Model) -> None:
@@ -79,7 +81,7 @@ def test_sequences_come_and_go_between_passes(model: Model) -> None:
         tokens = [7 + step]
         parts = [Part(tokens, stays, 1), *(Part(ids(3, n), empty("float"), 1) for n in range(others))]
         expected = np.array(model(mx.array([tokens]), plain)[0])
-        assert np.allclose(logits_of(model, parts)[0], expected, atol=1e-3), step
+        assert np.allclose(logits_of(model, parts)[0], expected, atol=TOLERANCE["float"]), step
         assert stays[0].offset == step + 1
 
 

@@ -80,6 +80,7 @@ def test_two_ranks_say_what_one_process_says(folders: list[Path], kind: str, tmp
         whole = Checkpoint.open(folder).nbytes
         for what in ("held_bytes", "read_bytes"):
             assert whole <= sum(rank[what] for rank in said) <= 1.03 * whole
+        assert {rank["chunk_tokens"] for rank in said} == {512 if kind == "pipeline" else 2048}
         assert {rank["layers"] for rank in said} == {
             "mixtral_mlx.cpu.modules" if kind == "pipeline" else "mixtral_mlx.distributed.kernels"
         }

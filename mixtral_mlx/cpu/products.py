@@ -37,6 +37,7 @@ from .unpack import AHEAD, read_scales, unpack
 # A step multiplies ROWS rows of weights by COLUMNS rows of x: as many sums as registers hold beside what is loaded.
 ROWS = 4
 COLUMNS = 2 if LANES == 8 else 4
+FEW = 2 * COLUMNS  # So many rows of x are multiplied as they come, more by unpacking the weights first.
 PAIR = 2  # Of few rows of x the sums for so many rows of weights, and for all of x, fit into the registers.
 LINE = 16  # floats of a cache line
 # Weights are unpacked so many columns at a time, so that they and the x they meet stay in the first-level cache.
@@ -70,7 +71,7 @@ class Plan(NamedTuple):
     An expert with a single row has it alone; one with more has blocks of COLUMNS rows, their vectors side by side.
 
     counts (E,), starts (E,): its rows of the P. source (P,): the row of x (-1: padding). alone (P,): not in a block.
-    summed (P,): not more than a block has. place (T · per_token,): the row that answers each choice."""
+    summed (P,): not more than FEW. place (T · per_token,): the row that answers each choice."""
 
     counts: np.ndarray[Any, Any]
     starts: np.ndarray[Any, Any]
@@ -103,7 +104,7 @@ def _plan(chosen: Any, experts: int, per_token: int) -> Any:
         filled[chosen[n]] += 1
         source[row], place[n] = n // per_token, row
         alone[row] = counts[chosen[n]] == 1
-        summed[row] = counts[chosen[n]] <= COLUMNS
+        summed[row] = counts[chosen[n]] <= FEW
     return counts, starts, source, place, alone, summed
 
 
@@ -169,7 +170,7 @@ def multiply_rows(out: Any, x: Any, sums: Any, counts: Any, starts: Any, stored:
         memory = np.zeros(ROWS * (DEPTH + 2 * (weights.columns // weights.group)) + LINE, np.float32)
         work = memory[-(memory.ctypes.data // 4) % LINE :]  # No vector of it lies in two cache lines.
         for expert in range(len(counts)):
-            if 0 < counts[expert] <= COLUMNS and weights.bits == 4 and weights.planes == 2 and not weights.fp4:
+            if 0 < counts[expert] <= FEW and weights.bits == 4 and weights.planes == 2 and not weights.fp4:
                 if counts[expert] == 1:
                     _one_row(out, x, sums, starts[expert], weights, expert, begin, end, work)
                 else:
@@ -240,40 +241,51 @@ def _few_rows(
     end: int,
     work: Any,
 ) -> None:
-    """The same for 2 to COLUMNS rows of x, a block from `start` on: each code is taken from its byte once for all.
+    """The same for 2 to FEW rows of x, in blocks from `start` on: each code is taken from its byte once for a block.
 
     Sums are taken in the order of a single row's, so that a row's are the same bits in either company."""
-    packed, columns, group, rows = weights.packed, weights.columns, weights.group, weights.rows
-    groups, per_round = columns // group, max(DEPTH // group, 1)
-    whole, sums_at = groups - groups % LANES, 2 * ROWS * groups
+    groups = weights.columns // weights.group
     for n in range(begin, end, ROWS):
-        row = expert * rows + n
+        row = expert * weights.rows + n
         # The scales' own reading ahead: they are too few bytes a row for the processor to see where this goes.
         prefetch(weights.scales, (row + 2 * ROWS) * groups * 2)
         prefetch(weights.biases, (row + 2 * ROWS) * groups * 2)
         read_scales(work, 0, weights.scales, row * groups, ROWS * groups, weights.form)
         read_scales(work, ROWS * groups, weights.biases, row * groups, ROWS * groups, weights.form)
-        for r in range(ROWS):
-            for c in range(count):
-                dot = vector_dot(work, (ROWS + r) * groups, sums, (start + c) * groups, whole)
-                store(work, sums_at + (r * COLUMNS + c) * LANES, dot)
-        # A part of x at a time, which stays in the first-level cache for all rows of weights.
-        for g in range(0, groups, per_round):
-            some = min(per_round, groups - g)
-            x_at = start * columns + g * group * COLUMNS
-            for r in range(0, ROWS, PAIR):
-                at, w_at = sums_at + r * COLUMNS * LANES, ((row + r) * columns + g * group) // 2
-                scales_at, w_step = r * groups + g, columns // 2
-                if group == 64:
-                    _add_scaled(count, work, at, packed, w_at, w_step, x, x_at, scales_at, groups, some, 64)
-                else:
-                    _add_scaled(count, work, at, packed, w_at, w_step, x, x_at, scales_at, groups, some, group)
-        for r in range(ROWS):
-            for c in range(count):
-                value = total(load(work, sums_at + (r * COLUMNS + c) * LANES))
-                for g in range(whole, groups):
-                    value += work[(ROWS + r) * groups + g] * sums[(start + c) * groups + g]
-                out[(start + c) * rows + n + r] = value
+        for done in range(0, count, COLUMNS):
+            # What is alone in the last block is multiplied with the padding beside it.
+            some = max(min(count - done, COLUMNS), 2)
+            _some_columns(out, x, sums, start + done, some, weights, expert, n, work)
+
+
+@compiled
+def _some_columns(
+    out: Any, x: Any, sums: Any, start: int, count: int, weights: Weights, expert: int, n: int, work: Any
+) -> None:
+    """ROWS rows of an expert's weights from the `n`-th on, whose scales and biases `work` has, times a block of x."""
+    packed, columns, group, rows = weights.packed, weights.columns, weights.group, weights.rows
+    groups, per_round = columns // group, max(DEPTH // group, 1)
+    whole, sums_at = groups - groups % LANES, 2 * ROWS * groups
+    row, w_step = expert * rows + n, columns // 2
+    for r in range(ROWS):
+        for c in range(count):
+            dot = vector_dot(work, (ROWS + r) * groups, sums, (start + c) * groups, whole)
+            store(work, sums_at + (r * COLUMNS + c) * LANES, dot)
+    # A part of x at a time, which stays in the first-level cache for all rows of weights.
+    for g in range(0, groups, per_round):
+        some, x_at = min(per_round, groups - g), start * columns + g * group * COLUMNS
+        for r in range(0, ROWS, PAIR):
+            at, w_at, scales_at = sums_at + r * COLUMNS * LANES, (row + r) * w_step + g * group // 2, r * groups + g
+            if group == 64:
+                _add_scaled(count, work, at, packed, w_at, w_step, x, x_at, scales_at, groups, some, 64)
+            else:
+                _add_scaled(count, work, at, packed, w_at, w_step, x, x_at, scales_at, groups, some, group)
+    for r in range(ROWS):
+        for c in range(count):
+            value = total(load(work, sums_at + (r * COLUMNS + c) * LANES))
+            for g in range(whole, groups):
+                value += work[(ROWS + r) * groups + g] * sums[(start + c) * groups + g]
+            out[(start + c) * rows + n + r] = value
 
 
 _times_2, _times_3, _times_4 = (scaled_block(PAIR, count, COLUMNS, ahead=ROWS) for count in (2, 3, 4))

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..budget import Plan
     from ..model import Model
 
+_PIECE_TOKENS = 512
+"""Ranks of a pipeline read different pieces of a prompt at the same time, so there have to be several. Where experts
+are streamed, each piece reads them again, and larger ones are better."""
 _ON_RANK_0 = ("model.embed_tokens.", "model.norm.", "lm_head.")
 
 
@@ -93,6 +96,8 @@ class Part:
     def join(self, model: Model, dtype: str, plan: Plan) -> Plan:
         """Have the layers sum, or hand on, what they compute."""
         join(model, self.joint, self.split.kind, getattr(mx, dtype))
+        if self.split.kind == "pipeline" and plan.mode == "resident":
+            return replace(plan, chunk_tokens=min(plan.chunk_tokens, _PIECE_TOKENS))
         return plan
 
     def when_lost(self, call: Callable[[MixtralError], object]) -> None:
