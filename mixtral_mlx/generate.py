@@ -87,6 +87,7 @@ _RANGES: tuple[tuple[str, type[int | float], float, float], ...] = (
     ("top_logprobs", int, 0, 100),
 )
 _MAY_BE_NONE = ("seed", "max_tokens")
+_NO_TEMPERATURE = 1e-6
 _MOST_BIAS = 1e38  # What a float32 can still be added to.
 
 
@@ -394,8 +395,9 @@ class Sampler:
         self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self.num_top = min(sampling.top_logprobs, vocab_size - 1)
         self.choose = make_sampler(
-            # A top_p of 0, which mlx-lm takes for none, leaves the likeliest token alone.
-            temp=sampling.temperature if sampling.top_p else 0.0,
+            # A top_p of 0, which mlx-lm takes for none, leaves the likeliest token alone; so does a temperature by
+            # which no float32 can be divided.
+            temp=sampling.temperature if sampling.top_p and sampling.temperature > _NO_TEMPERATURE else 0.0,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             top_k=sampling.top_k if sampling.top_k < vocab_size else 0,

@@ -353,6 +353,13 @@ def test_a_top_p_of_0_takes_the_likeliest_token(model: Model, tokenizer: Tokeniz
     assert tokens_of(run(model, tokenizer, top_p=0, top_k=5, temperature=100.0, seed=3)) == likeliest
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-300])
+def test_a_temperature_of_next_to_nothing_takes_the_likeliest_token(
+    model: Model, tokenizer: Tokenizer, temperature: float
+) -> None:
+    assert tokens_of(run(model, tokenizer, temperature=temperature, seed=3)) == tokens_of(run(model, tokenizer))
+
+
 def test_top_k_beyond_the_vocabulary_means_all_of_it(model: Model, tokenizer: Tokenizer) -> None:
     wide = run(model, tokenizer, top_k=50_000, temperature=1.0, seed=3)
     assert tokens_of(wide) == tokens_of(run(model, tokenizer, temperature=1.0, seed=3))
