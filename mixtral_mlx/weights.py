@@ -282,8 +282,8 @@ def load(
     Face ones. `memory` is what the whole process may use, in bytes, with a cache of `context` tokens in `kv_bits`; None
     is what the machine can spare, a plan is taken as it is. What does not fit is streamed. `cancelled` is asked
     between reads; when it says yes, `WeightsError` with code "cancelled" is raised. With a `share`, only that part of
-    the model is read, and its dtype goes before `dtype`. Run the model on this thread, with
-    the context and the prompt chunks of its `plan`: those of `Conversation` may be larger."""
+    the model is read, and its dtype goes before `dtype`. Run the model on this thread, with the context and the prompt
+    chunks of its `plan`: those of `Conversation` may be larger."""
     start = time.perf_counter()
     if share and share.dtype != "auto":
         dtype = share.dtype
