@@ -47,6 +47,7 @@ ENDLESS = {**HELLO, "max_tokens": 3000, "ignore_eos": True, "stream": True}
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with load(max_concurrent=4, max_queue=40) as engine:
+        engine.complete([1] * 17, max_tokens=2).result()  # Compiles kernels, for which no client here would wait.
         yield engine
 
 
