@@ -206,9 +206,8 @@ class _Loading:
                 engine.chat("Hello", max_tokens=1).result()
             self._model.engine = engine
             self._on_ready(engine)
-        except (
-            BaseException
-        ) as error:  # Whatever it is, nothing will come: better no server than one that is never ready.
+        except BaseException as error:
+            # Whatever it is, nothing will come: better no server than one that is never ready.
             self._error = error if isinstance(error, MixtralError) else _cannot_load(error)
             self._server.end()
         finally:
