@@ -16,14 +16,14 @@ PACKAGE = Path(mixtral_mlx.__file__).parent
 
 LAYERS: dict[str, set[str]] = {
     "config": set(),
-    "writing": set(),
+    "writing": {"config"},
     "memory": {"config"},
     "budget": {"config"},
     "speeds": {"bench", "budget", "config", "memory", "writing"},
     "borrowed": {"memory"},
     "model": {"borrowed", "config"},
     "routing": {"model"},
-    "hub": {"config"},
+    "hub": {"config", "writing"},
     "weights": {"budget", "config", "cpu", "experts", "hub", "memory", "model"},
     "prompt": {"config"},
     "generate": {"borrowed", "budget", "config", "model", "prompt"},

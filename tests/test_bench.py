@@ -20,14 +20,15 @@ from mixtral_mlx.bench import commands, floor, limits, sides, table, worker
 from mixtral_mlx.bench.commands import Request
 from mixtral_mlx.bench.limits import Limits
 from mixtral_mlx.bench.page import html
-from mixtral_mlx.bench.process import BenchError, SideError, Streamed, Worker
-from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read, write
+from mixtral_mlx.bench.process import SideError, Streamed, Worker
+from mixtral_mlx.bench.report import Measure, PerToken, Report, entry, per_token, read
 from mixtral_mlx.bench.rows import Row, all_rows, left_out, shortened
 from mixtral_mlx.bench.sides import Side
 from mixtral_mlx.bench.turns import Events, Measured, Outcome, Plan, Samples, run
 from mixtral_mlx.budget import BudgetError, fit
 from mixtral_mlx.config import Config
 from mixtral_mlx.weights import Checkpoint, footprint, locate
+from mixtral_mlx.writing import WriteError, write_output
 
 from .checkpoints import TINY, write_tiny
 
@@ -484,8 +485,8 @@ def test_a_report_is_saved_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(BenchError) as caught:
-        write(file, "after")
+    with pytest.raises(WriteError) as caught:
+        write_output(file, "after")
     assert (caught.value.code, file.read_text(), len(list(tmp_path.iterdir()))) == ("write_failed", "before", 1)
 
 
@@ -510,7 +511,7 @@ def test_two_runs_are_compared_row_by_row(
         if row.name != "prompt of 32"
     ]
     other = replace(report, rows=tuple(faster), machine=replace(report.machine, cores=99))
-    write(tmp_path / "b.json", commands.as_json(other))
+    write_output(tmp_path / "b.json", commands.as_json(other))
     both = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert cli.main(["bench", "--compare", *both]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

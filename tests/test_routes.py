@@ -25,6 +25,7 @@ from mixtral_mlx.routes.report import MEASURED, Figures, Report, Token, by_chanc
 from mixtral_mlx.routing import Choices
 from mixtral_mlx.terminal import CtrlC
 from mixtral_mlx.weights import load, locate
+from mixtral_mlx.writing import WriteError, write_output
 
 from .checkpoints import TINY, streamed, write_tiny
 from .test_cli import COMMON, error_code
@@ -358,8 +359,8 @@ def test_a_picture_that_cannot_be_written_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(commands.RoutesError, match="No space left"):
-        commands.write(file, b"after")
+    with pytest.raises(WriteError, match="No space left"):
+        write_output(file, b"after")
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
 

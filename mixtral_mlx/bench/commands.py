@@ -19,6 +19,7 @@ from ..memory import activation_dtype, ram_bytes
 from ..opening import located
 from ..terminal import Answer, Bar
 from ..weights import Checkpoint, dtypes_for, footprint
+from ..writing import check_writable, write_output
 from . import compare as comparisons
 from . import floor, limits, rows, table, turns
 from .page import html
@@ -30,13 +31,11 @@ from .report import (
     Report,
     Settings,
     SideInfo,
-    check_writable,
     entry,
     in_unit,
     left_out,
     memory_notes,
     notes_of,
-    write,
 )
 from .sides import OTHERS, Side, ours, shared
 
@@ -81,9 +80,9 @@ def bench(request: Request, *, quiet: bool) -> Answer:
         sides.append(OTHERS[request.against](folder, request.dtype))
     report = measure(request, checkpoint, sides, quiet=quiet)
     if request.save:
-        write(request.save, as_json(report))
+        write_output(request.save, as_json(report))
     if request.output:
-        write(request.output, html(report))
+        write_output(request.output, html(report))
     return Answer(table.text(report), [report.to_dict()], report.interrupted)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
@@ -11,7 +10,6 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..config import parse_json, shown
-from ..writing import write_whole
 from . import floor
 from .limits import Limits, Machine
 from .process import BenchError, Memory, Streamed
@@ -263,21 +261,6 @@ def memory_notes(sides: Sequence[SideInfo], settings: Settings) -> Iterator[str]
         if "memory" in settings.rows:
             yield f"peak memory: {first.name} may use {settings.memory_bytes / 1e6:,.0f} MB"
         yield from (f"{side.name} has no option for a budget: it runs as it is" for side in others)
-
-
-def check_writable(path: Path) -> None:
-    """Raise `BenchError` now rather than after an hour if `path` cannot be written."""
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        found = "is a folder" if path.is_dir() else "is in no folder that can be written to"
-        raise BenchError(f"{path} {found}, expected a file to write.", code="write_failed")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a report, whole or not at all; raises `BenchError`."""
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise BenchError(f"{path} cannot be written: {error.strerror}.", code="write_failed") from None
 
 
 def read(path: Path) -> Report:

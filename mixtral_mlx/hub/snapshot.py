@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
+from ..writing import write_whole
 from .fetch import Ahead, Cancelled, Progress, Turn, disk_errors, download, silent
 from .listing import HubFile, Listing, cache_folder, cached, in_words, list_files, not_here
 from .patience import HubError, Patience
@@ -214,6 +214,4 @@ def _give_name(listing: Listing) -> None:
         if ref.is_file() and ref.read_text() == listing.commit:
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
-        beside = ref.with_name(f"{ref.name}.{uuid.uuid4().hex[:8]}.tmp")
-        beside.write_text(listing.commit)
-        beside.replace(ref)
+        write_whole(ref, listing.commit)

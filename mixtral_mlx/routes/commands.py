@@ -4,7 +4,6 @@ Command lines are read in `cli`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..opening import LONG_PROMPT, ModelChoice, Plain, open_model, wired
 from ..prompt import Message
 from ..session import mlx_failures
 from ..terminal import Answer, Bar, CtrlC
-from ..writing import write_whole
+from ..writing import check_writable, write_output
 from .report import Report, Token, table
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def routes(request: Request) -> Answer:
     with wired(request.choice):
         report = _run(request, open_model(request.choice))
     if request.output:
-        write(request.output, drawn(report, request.output.suffix.lower()))
+        write_output(request.output, drawn(report, request.output.suffix.lower()))
     text = _text(report, request.output)
     return Answer(text, [report.to_dict()], report.finish_reason == "cancelled")
 
@@ -150,18 +149,3 @@ def _text(report: Report, output: Path | None) -> str:
     ]
     lines.append(f"The picture is in {output}" if output else "--output F.png or F.html draws it.")
     return "\n".join(lines)
-
-
-def check_writable(path: Path) -> None:
-    """Raise `RoutesError` now rather than after the answer if no picture can be written to `path`."""
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        found = "is a folder" if path.is_dir() else "is in no folder that can be written to"
-        raise RoutesError(f"{path} {found}, expected a file to write.", code="write_failed")
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a picture, whole or not at all; raises `RoutesError`."""
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        raise RoutesError(f"{path} cannot be written: {error.strerror}.", code="write_failed") from None
